@@ -320,7 +320,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-    # fmt: off
     "llama-1b": dict(
         _LLAMA,
         vocab_size=128256,
@@ -347,7 +346,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "small": dict(_LLAMA, vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512, tied_embeddings=True),
     "tiny": dict(_LLAMA, vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=128, tied_embeddings=True),
-    # fmt: on
 }
 
 
