@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -39,46 +40,85 @@ def _require(ok: bool, where: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{where} = {value!r}: expected {expected}")
 
 
-def _type_name(hint: Any) -> str:
+def _interval(f: dataclasses.Field) -> str:
+    """The bound of a field in words: `, at least 1 and at most 10`; empty when it has none."""
+
+    def text(bound: float) -> str:
+        return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+    if "bound" not in f.metadata:
+        return ""
+    low, high, low_open, high_open = f.metadata["bound"]
+    words = f", {'more than' if low_open else 'at least'} {text(low)}"
+    return words + (f" and {'less than' if high_open else 'at most'} {text(high)}" if math.isfinite(high) else "")
+
+
+def _type_name(hint: Any, interval: str = "") -> str:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if origin in (Union, types.UnionType):
-        return " or ".join("nothing" if a is type(None) else _type_name(a) for a in typing.get_args(hint))
+        arms = [a for a in typing.get_args(hint) if a is not type(None)]
+        return " or ".join(_type_name(a, interval) for a in arms) + " (or nothing)" * (
+            type(None) in typing.get_args(hint)
+        )
     if origin is tuple:
-        return f"a list of {_type_name(typing.get_args(hint)[0])}"
-    return {
+        return f"a list, each {_type_name(typing.get_args(hint)[0])}"
+    name = {
         int: "a whole number",
-        float: "a number",
+        float: "a finite number",
         str: "a text",
         bool: "true or false",
     }.get(hint, getattr(hint, "__name__", str(hint)))
+    return name + interval
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
+def _near(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when a known word is close, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_field(f: dataclasses.Field, hint: Any, value: Any, where: str) -> Any:
+    """`value` as field `f` of type `hint` holds it. Raises ConfigError, naming `where`, the value, type and range."""
+    expected = _type_name(hint, _interval(f))
+    value = _coerce(hint, value, where, expected)
+    if value is not None and "bound" in f.metadata:
+        low, high, low_open, high_open = f.metadata["bound"]
+        ok = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+        _require(ok, where, value, expected)
+    return value
+
+
+def _coerce(hint: Any, value: Any, where: str, expected: str = "") -> Any:
     """`value` as the type `hint` asks for: dicts become config classes, lists tuples, ints floats."""
+    expected = expected or _type_name(hint)
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         arms = typing.get_args(hint)
         if value is None and type(None) in arms:
             return None
-        return _coerce(next(a for a in arms if a is not type(None)), value, where)
+        return _coerce(next(a for a in arms if a is not type(None)), value, where, expected)
     if origin is Literal:
-        _require(value in typing.get_args(hint), where, value, _type_name(hint))
+        arms = typing.get_args(hint)
+        _require(value in arms, where, value, expected + (_near(value, arms) if isinstance(value, str) else ""))
         return value
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), where, value, _type_name(hint))
-        return tuple(_coerce(typing.get_args(hint)[0], v, where) for v in value)
+        _require(isinstance(value, (list, tuple)), where, value, expected)
+        return tuple(_coerce(typing.get_args(hint)[0], v, where, expected) for v in value)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         _require(isinstance(value, dict), where, value, f"a table of {hint.__name__} fields")
         return hint.from_dict(value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _require(type(value) is hint, where, value, _type_name(hint))
+    if hint is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: expected {expected}; the number is too large") from None
+    _require(type(value) is hint, where, value, expected)
     if hint is float:
-        _require(math.isfinite(value), where, value, "a finite number")
+        _require(math.isfinite(value), where, value, expected)
     return value
 
 
@@ -97,16 +137,8 @@ class _Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            where = f"{type(self).__name__}.{f.name}"
-            value = _coerce(hints[f.name], getattr(self, f.name), where)
+            value = check_field(f, hints[f.name], getattr(self, f.name), f"{type(self).__name__}.{f.name}")
             object.__setattr__(self, f.name, value)
-            if value is not None and "bound" in f.metadata:
-                low, high, low_open, high_open = f.metadata["bound"]
-                ok = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-                interval = f"{'more than' if low_open else 'at least'} {low:g}"
-                if math.isfinite(high):
-                    interval += f" and {'less than' if high_open else 'at most'} {high:g}"
-                _require(ok, where, value, interval)
         self._check()
 
     def _check(self) -> None:
@@ -118,11 +150,11 @@ class _Config:
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; its fields are {', '.join(names)}"
+                hint = _near(str(key), names) or f"; its fields are {', '.join(names)}"
                 raise ConfigError(f"{where} has no field {key!r}{hint}")
         hints = typing.get_type_hints(cls)
-        return cls(**{k: _coerce(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+        by_name = {f.name: f for f in dataclasses.fields(cls)}
+        return cls(**{k: check_field(by_name[k], hints[k], v, f"{where}.{k}") for k, v in values.items()})
 
     def to_dict(self) -> dict:
         def plain(value: Any) -> Any:
@@ -137,7 +169,7 @@ class _Config:
 
     @classmethod
     def from_json(cls, text: str) -> Any:
-        return cls.from_dict(_parsed(json.loads, text, "JSON", cls.__name__))
+        return cls.from_dict(_parsed(json.loads, text, "JSON"))
 
     def to_toml(self) -> str:
         import tomli_w
@@ -149,23 +181,14 @@ class _Config:
 
     @classmethod
     def from_toml(cls, text: str) -> Any:
-        try:
-            import tomllib
-        except ModuleNotFoundError:  # Python 3.10
-            import tomli as tomllib
-        return cls.from_dict(_parsed(tomllib.loads, text, "TOML", cls.__name__))
+        return cls.from_dict(_parsed(_parse_toml, text, "TOML"))
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> Any:
         """Read a .toml or .json file. Raises ConfigError naming the file."""
-        path = Path(path)
+        values = read_table(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
-        try:
-            return cls.from_json(text) if path.suffix == ".json" else cls.from_toml(text)
+            return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -173,13 +196,36 @@ class _Config:
         return dataclasses.replace(self, **changes)
 
 
-def _parsed(loads: Any, text: str, language: str, name: str) -> dict:
+def _parse_toml(text: str) -> dict:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _parsed(loads: Any, text: str, language: str) -> dict:
     try:
         values = loads(text)
-    except ValueError as error:
-        raise ConfigError(f"not valid {language} for {name}: {error}") from None
-    _require(isinstance(values, dict), name, values, f"a table of {name} fields")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not valid {language}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{values!r:.60}: expected a table of fields")
     return values
+
+
+def read_table(path: Union[str, Path]) -> dict:
+    """The content of a .json file, or of a .toml file of any other name. Raises ConfigError naming the file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    try:
+        return _parsed(json.loads, text, "JSON") if path.suffix == ".json" else _parsed(_parse_toml, text, "TOML")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 # ---- model -----------------------------------------------------------------------------------
@@ -302,9 +348,7 @@ class ModelConfig(_Config):
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """A named shape (see PRESETS), with fields changed as asked. Raises ConfigError for an unknown name."""
         if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"no preset {name!r}{hint} (there are {', '.join(PRESETS)})")
+            raise ConfigError(f"no preset {name!r}{_near(name, PRESETS)} (there are {', '.join(PRESETS)})")
         return cls(**{**PRESETS[name], **changes})
 
 
