@@ -1,0 +1,30 @@
+# make demo and make test set up .venv by themselves; PYTHON=/path/to/python3 chooses another interpreter.
+VENV = .venv/bin
+SETUP = @tools/python.sh tools/environment.py
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-9s %s\n' "$$name" "$$what"; done
+
+demo: ## from nothing to a GPT trained on real text, in minutes; CORPUS=path takes your own files
+	$(SETUP) demo
+	@$(VENV)/python -m fastgpt.demo $(if $(CORPUS),--corpus '$(CORPUS)')
+
+test: ## every test that runs in minutes
+	$(SETUP) test
+	@$(VENV)/python -m pytest -m 'not slow'
+
+test-all: ## the long tests too
+	$(SETUP) test
+	@$(VENV)/python -m pytest
+
+lint: ## ruff: errors and format
+	$(SETUP) test
+	@$(VENV)/ruff check . && $(VENV)/ruff format --check .
+
+bench: ## speed of this machine: the trainer beside a plain PyTorch loop, and the data path
+	$(SETUP) test
+	@for file in benchmarks/train.py benchmarks/bench_*.py; do echo "== $$file" && $(VENV)/python $$file || exit 1; done
+
+.DEFAULT_GOAL = help
+.PHONY: help demo test test-all lint bench
