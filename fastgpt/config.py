@@ -58,10 +58,8 @@ def _type_name(hint: Any, interval: str = "") -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if origin in (Union, types.UnionType):
-        arms = [a for a in typing.get_args(hint) if a is not type(None)]
-        return " or ".join(_type_name(a, interval) for a in arms) + " (or nothing)" * (
-            type(None) in typing.get_args(hint)
-        )
+        words = [_type_name(a, interval) for a in typing.get_args(hint) if a is not type(None)]
+        return " or ".join(words) + (" (or nothing)" if type(None) in typing.get_args(hint) else "")
     if origin is tuple:
         return f"a list, each {_type_name(typing.get_args(hint)[0])}"
     name = {
@@ -79,20 +77,23 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def expected(f: dataclasses.Field, hint: Any) -> str:
+    """What field `f` of type `hint` holds, in words: its type and its range."""
+    return _type_name(hint, _interval(f))
+
+
 def check_field(f: dataclasses.Field, hint: Any, value: Any, where: str) -> Any:
     """`value` as field `f` of type `hint` holds it. Raises ConfigError, naming `where`, the value, type and range."""
-    expected = _type_name(hint, _interval(f))
-    value = _coerce(hint, value, where, expected)
+    value = _coerce(hint, value, where, expected(f, hint))
     if value is not None and "bound" in f.metadata:
         low, high, low_open, high_open = f.metadata["bound"]
         ok = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-        _require(ok, where, value, expected)
+        _require(ok, where, value, expected(f, hint))
     return value
 
 
-def _coerce(hint: Any, value: Any, where: str, expected: str = "") -> Any:
+def _coerce(hint: Any, value: Any, where: str, expected: str) -> Any:
     """`value` as the type `hint` asks for: dicts become config classes, lists tuples, ints floats."""
-    expected = expected or _type_name(hint)
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         arms = typing.get_args(hint)

@@ -1,0 +1,351 @@
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, checksummed, renamed into place.
+
+A run's folder:
+
+    runs/NAME/
+      config.toml  tokenizer.json  metrics.jsonl
+      checkpoints/step-00001000/
+        model.safetensors       the weights; for low-precision training the fp32 masters
+        optimizer.safetensors   every tensor of the optimizer's state, as PARAMETER/STATE
+        state.json              step, configuration, hyperparameters, and the SHA-256 of the other two
+
+A checkpoint is written into a temporary folder beside its place, synced to the disk and renamed, so a
+folder under a final name is complete. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError, ModelConfig
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .model import GPT
+
+FORMAT = 1
+CHECKPOINTS = "checkpoints"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Checkpoint:
+    """What `load` returns: the tensors on the CPU, and the JSON state."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(
+    run_dir: str | Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+) -> Path:
+    """Write runs/NAME/checkpoints/step-N and return its path. Raises OSError where the disk refuses; what was
+    there before is then untouched, and no temporary folder is left."""
+    from safetensors.torch import save_file
+
+    root = Path(run_dir) / CHECKPOINTS
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / folder_name(step)
+    if final.exists():
+        raise UserError(f"{final} exists already: this run has been here before; give another out_dir")
+    temporary = root / f".saving-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    try:
+        temporary.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / MODEL)
+        save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()}, temporary / OPTIMIZER)
+        for name in (MODEL, OPTIMIZER):
+            sync(temporary / name)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "sha256": {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER)},
+            **state,
+        }
+        write_atomically(temporary / STATE, json.dumps({**state, "state_sha256": _digest(state)}, indent=1) + "\n")
+        os.replace(temporary, final)
+        sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+class Keeper:
+    """Saves a run's checkpoints and keeps the newest few and the best.
+
+    A save that the disk refuses is warned of and due again at step `retry_at`; the third failure in a row raises
+    UserError. An old checkpoint that cannot be deleted is only warned of.
+    """
+
+    TRIES = 3
+    RETRY_STEPS = 20
+
+    def __init__(self, run_dir: str | Path, keep_last: int, warn: Callable[[str], None]):
+        self.run_dir, self.keep_last, self.warn = Path(run_dir), keep_last, warn
+        self.failures = 0
+        self.retry_at: int | None = None
+        self.last_saved: int | None = None
+
+    def save(self, step: int, weights: dict, optimizer: dict, state: dict[str, Any], best_step: int | None) -> bool:
+        """True where a checkpoint of this step is now on the disk."""
+        if self.last_saved == step:
+            return True
+        try:
+            save(self.run_dir, step, weights, optimizer, state)
+        except OSError as error:
+            self.failures += 1
+            reason = f"could not save a checkpoint in {self.run_dir} ({error.strerror or error})"
+            if self.failures >= self.TRIES:
+                raise UserError(f"{reason}, {self.TRIES} times in a row; make room and resume") from None
+            self.retry_at = step + self.RETRY_STEPS
+            self.warn(f"{reason}; the older ones are kept, and it is tried again at step {self.retry_at}")
+            return False
+        self.failures, self.retry_at, self.last_saved = 0, None, step
+        self._prune(best_step)
+        return True
+
+    def _prune(self, best_step: int | None) -> None:
+        for path in steps_on_disk(self.run_dir)[: -self.keep_last]:
+            if best_step is not None and path.name == folder_name(best_step):
+                continue
+            try:
+                # renamed first, so that a kill in the middle leaves no half-deleted folder under a final name
+                doomed = path.with_name(f".deleting-{path.name}")
+                os.replace(path, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                self.warn(f"could not delete the old checkpoint {path} ({error.strerror}); training goes on")
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def steps_on_disk(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first (complete by name; contents not yet checked)."""
+    root = Path(run_dir) / CHECKPOINTS
+    found = [p for p in root.iterdir() if _NAME.fullmatch(p.name)] if root.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint, checked. Raises UserError saying what is wrong."""
+    path = Path(path)
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        recorded = state.pop("state_sha256")
+        if _digest(state) != recorded:
+            raise UserError(f"{path}: {STATE} is damaged (its checksum does not match); use another checkpoint")
+        if state["format"] != FORMAT:
+            raise UserError(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}")
+        state["sha256"], state["step"]
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a checkpoint: it has no {STATE}; expected .../checkpoints/step-N") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {STATE} cannot be read ({error}); use another checkpoint") from None
+    return state
+
+
+def _read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if _sha256(path) != expected_sha256:
+            raise UserError(f"{path} is damaged (its checksum does not match state.json); use another checkpoint")
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; use another checkpoint") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); use another checkpoint") from None
+
+
+def load(path: str | Path, optimizer: bool = True) -> Checkpoint:
+    """Read one checkpoint whole, checksums verified. Raises UserError; never falls back to another one."""
+    path = Path(path)
+    state = read_state(path)
+    weights = _read_tensors(path / MODEL, state["sha256"].get(MODEL))
+    moments = _read_tensors(path / OPTIMIZER, state["sha256"].get(OPTIMIZER)) if optimizer else {}
+    return Checkpoint(path, weights, moments, state)
+
+
+def latest(run_dir: str | Path, warn: Callable[[str], None] | None = None, optimizer: bool = True) -> Checkpoint | None:
+    """The newest intact checkpoint of a run, or None where there is none at all.
+
+    A damaged one is reported through `warn` (stderr when not given), set aside as `damaged-...`, and the one
+    before it taken. Raises UserError where all are damaged.
+    """
+    warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
+    found = steps_on_disk(run_dir)
+    for path in reversed(found):
+        try:
+            return load(path, optimizer)
+        except UserError as error:
+            warn(f"{error}; set aside, and the one before it is tried")
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                os.replace(path, path.with_name(f"damaged-{path.name}"))
+    if found:
+        raise UserError(f"{run_dir}: none of its {len(found)} checkpoints can be read; start a new run")
+    return None
+
+
+def resolve(path: str | Path, optimizer: bool = True) -> Checkpoint:
+    """A checkpoint from what a user names: its own folder, or a run's folder, whose newest is taken."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a run's folder or a checkpoint in it")
+    if (path / STATE).exists() or _NAME.fullmatch(path.name):
+        return load(path, optimizer)
+    checkpoint = latest(path, optimizer=optimizer)
+    if checkpoint is None:
+        raise UserError(f"{path} has no checkpoints; expected a run's folder, or one of its {CHECKPOINTS}/step-N")
+    return checkpoint
+
+
+# ---- model and optimizer, to and from named tensors ----------------------------------------------
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor], where: str | Path) -> None:
+    """Copy weights into the model. Raises UserError listing missing, extra and misshapen keys."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{k} {tuple(weights[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & weights.keys())
+        if own[k].shape != weights[k].shape
+    ]
+    problems = [
+        f"{what} {', '.join(v)}" for what, v in (("missing", missing), ("extra", extra), ("shape", shapes)) if v
+    ]
+    if problems:
+        raise UserError(f"{where} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def _parameter_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters' names in the order in which the optimizer's state_dict numbers them."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, optimizer state) to save. A parameter with an fp32 master is saved as its master, in the weights."""
+    rows = model.logical_rows()
+    weights, moments = dict(model.state_dict()), {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            if name in rows and value.dim():
+                value = value[: rows[name]]
+            if key == "master":
+                weights[name] = value
+            else:
+                moments[f"{name}/{key}"] = value
+    return weights, moments
+
+
+def load_training_tensors(model: GPT, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """The inverse of `training_tensors`. Raises UserError where keys or shapes do not fit."""
+    load_weights(model, checkpoint.weights, checkpoint.path / MODEL)
+    names = _parameter_names(model, optimizer)
+    rows, parameters = model.logical_rows(), dict(model.named_parameters())
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in checkpoint.optimizer.items():
+        name, _, what = key.rpartition("/")
+        if name not in parameters:
+            raise UserError(f"{checkpoint.path / OPTIMIZER} has state for {name!r}, which the model does not have")
+        if value.dim() and value.shape != model.state_dict()[name].shape:
+            raise UserError(f"{checkpoint.path / OPTIMIZER}: {key} has shape {tuple(value.shape)}")
+        if name in rows and value.dim():
+            padded = value.new_zeros(parameters[name].shape)
+            padded[: rows[name]] = value
+            value = padded
+        state.setdefault(names.index(name), {})[what] = value
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = next(n for n, own in parameters.items() if own is p)
+            if optimizer.uses_master(p, group) and names.index(name) in state:
+                master = torch.zeros_like(p, dtype=torch.float32)
+                saved = checkpoint.weights[name]
+                master[: saved.shape[0]] = saved
+                state[names.index(name)]["master"] = master
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Any]:
+    """A trained model, in fp32 and ready to sample from, and its Tokenizer (None where the run has none).
+
+    path: a run's folder (the newest checkpoint) or a checkpoint's. Raises UserError.
+    """
+    from .model import GPT
+
+    checkpoint = resolve(path, optimizer=False)
+    try:
+        config = ModelConfig.from_dict(checkpoint.state["config"]["model"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise UserError(f"{checkpoint.path}: its configuration cannot be used ({error})") from None
+    model = GPT(config)
+    load_weights(model, {k: v.float() for k, v in checkpoint.weights.items()}, checkpoint.path / MODEL)
+    model.to(device).eval()
+    file = checkpoint.path.parent.parent / "tokenizer.json"
+    if not file.exists():
+        return model, None
+    from .tokenizer import Tokenizer
+
+    return model, Tokenizer.load(file)

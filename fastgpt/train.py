@@ -1,0 +1,380 @@
+"""The trainer: one loop over optimizer steps, with evaluation, checkpoints and exact resume around it.
+
+A step is a pure function of the weights, the optimizer's state and the step's number: which samples it reads,
+its learning rate and its dropout masks all follow from (seed, step). So a run that was stopped and resumed is the
+run that was never stopped, bit for bit, on the same machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checkpoint import Checkpoint, Keeper, latest, load_training_tensors, resolve, training_tensors, write_atomically
+from .config import TrainConfig
+from .errors import UserError
+from .evaluate import Evaluation, evaluate
+from .flops import flops_per_token, peak_flops
+from .metrics import MetricsLog
+from .model import GPT
+from .optim import build_optimizer
+from .precision import apply_precision, measure_precision, resolve_device
+from .schedule import learning_rate_scale
+
+EXIT_INTERRUPTED = 75  # a signal came, the run was saved, and `--resume auto` goes on
+
+# What may differ between a checkpoint and the run that resumes it without changing any result.
+FREE_TO_CHANGE = ("out_dir", "log_every", "device", "eval", "checkpoint", "max_bad_steps", "precision")
+
+
+class Callback:
+    """What can be hung on a run. Time spent here is not counted as training time."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, the model built and a checkpoint, if any, loaded."""
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """After every optimizer step."""
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """After every evaluation."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """When the run is over, also when it was interrupted."""
+
+
+@dataclass
+class Progress:
+    """What changes during a run besides tensors; saved whole in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    seconds: float = 0.0
+    """Spent in steps, over all sessions."""
+    bad_steps: int = 0
+    """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
+    bad_in_a_row: int = 0
+    best_loss: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+    best_step: int | None = None
+    evaluation_due: bool = False
+    """An evaluation of this step was cut short by a signal and is made up for after a resume."""
+
+
+class Trainer:
+    """Trains one model as a TrainConfig says.
+
+    resume:        None for a new run; "auto" for the newest intact checkpoint of out_dir, if any; or the path of a
+                   run or a checkpoint.
+    allow_changes: resume under a configuration that differs where it matters (recorded in the checkpoint).
+    callbacks:     see Callback.
+
+    Raises UserError, before anything is written, where the data, the folder or the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: str | None = None,
+        allow_changes: bool = False,
+        callbacks: Iterable[Callback] = (),
+        warn: Callable[[str], None] | None = None,
+    ):
+        from .data import Batches, Dataset
+
+        self.config, self.callbacks = config, list(callbacks)
+        self.warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
+        self.run_dir = Path(config.out_dir)
+        self.dataset = Dataset.open(config.data.path)
+        if self.dataset.vocab_size != config.model.vocab_size:
+            raise UserError(
+                f"the dataset {config.data.path} has a vocabulary of {self.dataset.vocab_size}, but model.vocab_size "
+                f"is {config.model.vocab_size}; give --model.vocab_size {self.dataset.vocab_size}"
+            )
+        self.data = self.dataset.split("train")
+        self.data.check(config.model.vocab_size, config.model.block_size)
+        self.validation = self.dataset.split("val")
+        self.device = resolve_device(config.device)
+        self._lock = _lock_folder(self.run_dir)
+
+        checkpoint = self._find_checkpoint(resume)
+        self.progress, self.changes = Progress(), []
+        self.precision, self.precision_seconds = config.precision, {}
+        if checkpoint is not None:
+            self._check_same_run(checkpoint, allow_changes)
+            if config.precision == "auto":
+                self.precision = checkpoint.state["precision"]
+            self.progress = Progress(**checkpoint.state["progress"])
+        elif config.precision == "auto":
+            self.precision, self.precision_seconds = measure_precision(config, self.device)
+
+        draw = torch.Generator().manual_seed(config.seed)
+        self.model = apply_precision(GPT(config.model, draw).to(self.device), self.precision)
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optim,
+            stochastic_rounding=self.precision == "bfloat16_stochastic",
+            seed=config.seed,
+        )
+        if checkpoint is not None:
+            load_training_tensors(self.model, self.optimizer, checkpoint)
+        self.batches = Batches(
+            self.data, config.model.block_size, config.micro_batch_size, config.seed, documents=config.data.documents
+        )
+        self.keeper = Keeper(self.run_dir, config.checkpoint.keep_last, self.warn)
+        self.keeper.last_saved = self.progress.step if checkpoint is not None else None
+        self.log: MetricsLog | None = None
+        self._stop: signal.Signals | None = None
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def fit(self) -> Progress:
+        """Train to the last step, or until SIGINT or SIGTERM, then save. Returns the progress made; `interrupted`
+        tells which of the two it was. Raises UserError after max_bad_steps steps in a row without a finite loss
+        and gradient, or where checkpoints cannot be written."""
+        config, progress = self.config, self.progress
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / "config.toml", config.to_toml())
+        self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
+        self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step)
+        restore_handlers = self._catch_signals()
+        try:
+            self.model.train()
+            self._call("on_start")
+            while True:
+                if progress.evaluation_due:
+                    self._evaluate()
+                if self._save_is_due():
+                    self._save()
+                if self._stop or progress.step >= config.steps:
+                    break
+                metrics = self._step()
+                last = progress.step == config.steps
+                progress.evaluation_due = last or bool(config.eval.every and progress.step % config.eval.every == 0)
+                if last or progress.step % config.log_every == 0:
+                    self.log.write(metrics)
+                self._call("on_step", metrics)
+            while not self._save():  # each failure counts, and the last one raises
+                time.sleep(1.0)
+            self._call("on_end")
+        finally:
+            restore_handlers()
+            self.log.close()
+        return progress
+
+    @property
+    def interrupted(self) -> bool:
+        """A signal ended fit() before the last step."""
+        return self._stop is not None and self.progress.step < self.config.steps
+
+    def _step(self) -> dict[str, Any]:
+        """One optimizer step: gradients accumulated over the micro-batches, clipped as a whole, applied."""
+        config, progress, step = self.config, self.progress, self.progress.step
+        began = time.perf_counter()
+        per_step = config.accumulation * config.micro_batch_size
+        first = step * per_step
+        micro_batches = [self.batches.batch(first + i) for i in range(0, per_step, config.micro_batch_size)]
+        # one divisor for the whole step: a mean of the micro-batches' means would weigh their tokens unequally
+        targets = max(1, sum(batch.n_targets for batch in micro_batches))
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches):
+            if config.model.dropout:
+                torch.manual_seed((config.seed * 1_000_003 + step * config.accumulation + number) % 2**63)
+            part = self._loss(batch, targets)
+            part.backward()
+            loss += part.detach()
+
+        scale = learning_rate_scale(step, config.steps, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None]).sqrt()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        limit = config.optim.grad_clip
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+        self.optimizer.step(clip=clip, skip=bad)
+        self.optimizer.zero_grad()
+
+        loss_value, norm_value = float(loss), float(norm)
+        seconds = time.perf_counter() - began
+        progress.step += 1
+        progress.seconds += seconds
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._note_bad_step(loss_value, norm_value, first, per_step)
+        else:
+            progress.bad_in_a_row = 0
+        metrics = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 4),
+            "loss": loss_value,
+            "lr": config.optim.lr * scale,
+            "grad_norm": norm_value,
+            "tokens_per_second": round(config.batch_tokens / seconds, 1),
+        }
+        if peak := peak_flops(self.device):
+            metrics["mfu"] = round(flops_per_token(config.model) * config.batch_tokens / seconds / peak, 4)
+        return metrics
+
+    def _loss(self, batch: Any, divisor: int) -> Tensor:
+        idx = batch.idx.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device, non_blocking=True)
+        return self.model(idx, targets, cu_seqlens=cu_seqlens, loss_divisor=divisor)
+
+    def _note_bad_step(self, loss: float, norm: float, first: int, count: int) -> None:
+        progress = self.progress
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
+        text = f"step {progress.step} (samples {first} to {first + count - 1}): loss {loss}, gradient norm {norm}"
+        self.log.write({"step": progress.step, "skipped": True, "samples": [first, first + count]})
+        if progress.bad_in_a_row >= self.config.max_bad_steps:
+            raise UserError(
+                f"{text}; {progress.bad_in_a_row} such steps in a row: stopped. Lower the learning rate and resume "
+                f"from the last checkpoint"
+            )
+        self.warn(f"{text}; no update was made")
+
+    # ---- evaluation and checkpoints --------------------------------------------------------------
+
+    def evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """The validation split (or the part that config.eval asks for) under the present weights."""
+        return evaluate(
+            self.model,
+            self.validation,
+            batch_size=self.config.eval.batch_size,
+            batches=self.config.eval.batches,
+            documents=self.config.data.documents,
+            should_stop=should_stop,
+        )
+
+    def _evaluate(self) -> None:
+        result = self.evaluate(should_stop=lambda: self._stop is not None)
+        if not result.complete:
+            return
+        progress = self.progress
+        progress.evaluation_due = False
+        if progress.best_loss is None or result.loss < progress.best_loss:
+            progress.best_loss, progress.best_step = result.loss, progress.step
+        metrics = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 4),
+            "val_loss": result.loss,
+            "val_bits_per_byte": result.bits_per_byte,
+            "val_tokens": result.tokens,
+        }
+        self.log.write(metrics)
+        self._call("on_eval", metrics)
+
+    def _save_is_due(self) -> bool:
+        progress, every = self.progress, self.config.checkpoint.every
+        if progress.step == 0 or progress.evaluation_due:
+            return False
+        is_best = self.config.checkpoint.keep_best and progress.best_step == progress.step
+        return is_best or bool(every and progress.step % every == 0) or progress.step == self.keeper.retry_at
+
+    def _save(self) -> bool:
+        weights, moments = training_tensors(self.model, self.optimizer)
+        state = {
+            "config": self.config.to_dict(),
+            "precision": self.precision,
+            "tokenizer_sha256": self.dataset.tokenizer_sha256,
+            "progress": vars(self.progress),
+            "changes": self.changes,
+        }
+        best = self.progress.best_step if self.config.checkpoint.keep_best else None
+        return self.keeper.save(self.progress.step, weights, moments, state, best)
+
+    def _find_checkpoint(self, resume: str | None) -> Checkpoint | None:
+        if resume == "auto":
+            return latest(self.run_dir, self.warn)
+        own = latest(self.run_dir, self.warn, optimizer=False)
+        if resume is not None:
+            checkpoint = resolve(resume)
+            if own is not None and own.path.resolve() != checkpoint.path.resolve():
+                raise UserError(f"{self.run_dir} already goes on to {own.path.name}; give another out_dir")
+            return checkpoint
+        if own is not None:
+            raise UserError(f"{self.run_dir} holds a run up to {own.path.name}; give --resume auto or another out_dir")
+        return None
+
+    def _check_same_run(self, checkpoint: Checkpoint, allow_changes: bool) -> None:
+        saved, now = checkpoint.state["config"], self.config.to_dict()
+        if checkpoint.state["tokenizer_sha256"] != self.dataset.tokenizer_sha256:
+            raise UserError(
+                f"{checkpoint.path} was trained with another tokenizer than that of {self.config.data.path}"
+            )
+        changes = list(differences(saved, now))
+        if self.config.precision not in ("auto", checkpoint.state["precision"]):
+            changes.append(f"precision: {checkpoint.state['precision']} -> {self.config.precision}")
+        if shape := [text for text in changes if text.startswith("model.")]:
+            raise UserError(f"{checkpoint.path} holds another model: {'; '.join(shape)}")
+        if changes and not allow_changes:
+            raise UserError(
+                f"{checkpoint.path} was trained otherwise: {'; '.join(changes)}; give --allow-changes to go on so"
+            )
+        self.changes = [*checkpoint.state["changes"]]
+        if changes:
+            self.changes.append({"step": checkpoint.state["step"], "changes": changes})
+
+    # ---- signals and callbacks ---------------------------------------------------------------------
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """SIGINT and SIGTERM end the run after the present step; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+
+        def handler(number: int, frame: Any) -> None:
+            if self._stop is not None:
+                os._exit(128 + number)  # checkpoints are renamed into place: nothing can be half-written
+            self._stop = signal.Signals(number)
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+        return restore
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> Iterable[str]:
+    """`field: saved value -> new value` for every field that matters to the result."""
+    for key in sorted(saved.keys() | now.keys()):
+        if not prefix and key in FREE_TO_CHANGE:
+            continue
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a} -> {b}"
+
+
+def _lock_folder(run_dir: Path) -> Any:
+    """Create the run's folder and hold it; a second run in it is refused. Raises UserError."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")  # noqa: SIM115 - held for the length of the run
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}; give another out_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another run is training in {run_dir}; give another out_dir") from None
+    return lock
