@@ -181,8 +181,8 @@ def announce(packages: list[tuple[str, str, Optional[int]]], gpu: bool) -> None:
     cuda = any(name.startswith("nvidia-") for name, _, _ in packages)
     if cuda and not gpu:
         say(
-            "  There is no NVIDIA GPU here, but pip's configured indexes have only the CUDA build of torch: it works, and\n"
-            "  is large. For the small one press Ctrl-C, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels\n"
+            "  There is no NVIDIA GPU here, but pip's configured indexes have only the CUDA build of torch: it works,\n"
+            "  and is large. For the small one press Ctrl-C, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels\n"
             "  (its 'Get Started' page names it), and run this again."
         )
     if gpu and torch.endswith("+cpu"):
@@ -190,7 +190,7 @@ def announce(packages: list[tuple[str, str, Optional[int]]], gpu: bool) -> None:
     free = shutil.disk_usage(ROOT).free
     if total * 4 > free:  # the download itself and what it unpacks to
         say(
-            f"  The disk has {megabytes(free)} free, which may be too little: a wheel unpacks to about 3 times its size."
+            f"  The disk has {megabytes(free)} free, which may be too little: wheels unpack to about 3 times their size."
         )
 
 
