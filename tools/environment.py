@@ -189,9 +189,7 @@ def announce(packages: list[tuple[str, str, Optional[int]]], gpu: bool) -> None:
         say("  There is an NVIDIA GPU here, but pip's configured indexes offer only the CPU build of torch.")
     free = shutil.disk_usage(ROOT).free
     if total * 4 > free:  # the download itself and what it unpacks to
-        say(
-            f"  The disk has {megabytes(free)} free, which may be too little: wheels unpack to about 3 times their size."
-        )
+        say(f"  The disk has {megabytes(free)} free, perhaps too little: wheels unpack to about 3 times their size.")
 
 
 # ---- installing, with one live line ----------------------------------------------------------
