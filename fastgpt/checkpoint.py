@@ -296,7 +296,7 @@ def training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict
             if key == "master":
                 weights[name] = value
             else:
-                moments[f"{name}/{key}"] = value
+                moments[f"{name}/{key}"] = value if value.dim() else value.clone()  # step counts are shared
     return weights, moments
 
 

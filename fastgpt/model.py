@@ -230,10 +230,9 @@ class GPT(nn.Module):
     def num_parameters(self, embeddings: bool = True) -> int:
         """Trained numbers, padding rows not counted; without `embeddings`, those of the blocks and norms only."""
         total = sum(p.numel() for p in self.parameters())
-        pad = self.config.padded_vocab_size - self.config.vocab_size
         vocab = [m for m in (self.token_embedding, self.head) if m is not None]
         if embeddings:
-            return total - pad * self.config.n_embd * len(vocab)
+            return total - sum(m.weight[m.rows :].numel() for m in vocab)
         total -= sum(m.weight.numel() for m in vocab)
         return total - (self.position_embedding.numel() if self.config.positions == "learned" else 0)
 

@@ -124,30 +124,24 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but fp32 state of a low-precision parameter stays fp32, and equal step counts are shared."""
         super().load_state_dict(state_dict)
-        saved = dict(
-            zip(
-                (i for group in state_dict["param_groups"] for i in group["params"]),
-                (p for group in self.param_groups for p in group["params"]),
-                strict=True,
-            )
-        )
-        counts: dict[tuple, Tensor] = {}
-        for i, p in saved.items():
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name == "step":
-                    count = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
-                    self.state[p]["step"] = counts.setdefault((float(count), p.device), count)
-                elif isinstance(value, Tensor):
-                    self.state[p][name] = value.to(device=p.device, copy=True)
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            counts: dict[float, Tensor] = {}
+            for number, p in zip(saved_group["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if name == "step":
+                        count = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
+                        self.state[p]["step"] = counts.setdefault(float(count), count)
+                    elif isinstance(value, Tensor):
+                        self.state[p][name] = value.to(device=p.device, copy=True)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """(n, rows, columns) -> the nearest semi-orthogonal matrices, roughly: U S' V^T with singular values S' near 1.
 
-    Newton-Schulz iteration in bf16 (see NEWTON_SCHULZ_COEFFICIENTS), on the smaller side.
+    Newton-Schulz iteration in `dtype` (see NEWTON_SCHULZ_COEFFICIENTS), on the smaller side.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -166,6 +160,8 @@ class Muon(AdamW):
     several matrices stacked (the packed QKV projection), each orthogonalised by itself. Matrices of one shape are
     orthogonalised as one batch. State: `momentum_buffer` (fp32), and `master` as in AdamW.
     """
+
+    working_dtype = torch.bfloat16  # of the orthogonalisation
 
     def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.95, **options):
         super().__init__(params, lr, momentum=momentum, muon=False, splits=None, **options)
@@ -203,7 +199,7 @@ class Muon(AdamW):
             for where, what in zip(target.split(rows), update.split(rows), strict=True):
                 pieces.setdefault(tuple(what.shape), []).append((where, what))
         for shape, members in pieces.items():
-            updates = orthogonalise(torch.stack([what for _, what in members]))
+            updates = orthogonalise(torch.stack([what for _, what in members]), self.working_dtype)
             rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
             for (where, _), update in zip(members, updates, strict=True):
                 new = where * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(where.dtype)
