@@ -1,0 +1,7 @@
+"""`python -m fastgpt` is `fastgpt`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

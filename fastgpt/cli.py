@@ -1,0 +1,462 @@
+"""The command line: `fastgpt COMMAND ...`, also `python -m fastgpt`.
+
+Exit codes: 0 done; 1 the thing looked at is not in order (`data verify`, `doctor`); 2 refused, with one line on
+stderr; 75 a signal came, training was saved and `--resume auto` goes on; 130 interrupted; 141 the reader of stdout
+has gone. FASTGPT_DEBUG=1 shows the traceback behind a refusal.
+
+Everything heavy is imported inside the command that needs it: the help answers without torch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from . import __version__, arguments
+from .arguments import HELP, Positional
+from .config import (
+    PRESETS,
+    ConfigError,
+    ModelConfig,
+    PrepareConfig,
+    TrainConfig,
+    _Config,
+    _number,
+    read_table,
+)
+from .errors import UserError
+
+EXIT_NOT_IN_ORDER, EXIT_REFUSED, EXIT_SIGINT, EXIT_SIGPIPE = 1, 2, 130, 141
+
+# Where a command needs a package that is not there.
+REMEDIES = {"torch": "pip install torch", "tomli_w": "pip install tomli-w"}
+
+
+# ---- options that belong to the command line alone ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrepareOptions(_Config):
+    config: Optional[str] = None
+    """A .toml or .json file with PrepareConfig's fields: the base that the other options change."""
+    print_config: bool = False
+    """Print the whole configuration as TOML, fit for --config, and do nothing else."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(_Config):
+    config: Optional[str] = None
+    """A .toml or .json file with TrainConfig's fields: the base that the other options change."""
+    preset: Optional[Literal[tuple(PRESETS)]] = None  # type: ignore[valid-type]
+    """A named shape as the base of the model."""
+    resume: Optional[str] = None
+    """auto: go on from the newest intact checkpoint of out_dir, or start if there is none. Or the folder of a run
+    or of a checkpoint. Without --config and --preset the run's own config.toml is the base."""
+    allow_changes: bool = False
+    """Resume although the learning rate, data or another setting that matters has changed; it is recorded."""
+    dry_run: bool = False
+    """Show parameters, memory, disk, tokens and time; train nothing, write nothing."""
+    print_config: bool = False
+    """Print the whole configuration as TOML, fit for --config, and do nothing else."""
+
+
+@dataclass(frozen=True)
+class SampleConfig(_Config):
+    """What `fastgpt sample` writes."""
+
+    prompt: str = ""
+    """The text to continue; - reads it from stdin; when empty a new document begins."""
+    tokens: int = _number(200, 1)
+    """The most tokens to write; it ends earlier where the document does."""
+    temperature: float = _number(0.8, 0.0)
+    """Below 1 likelier tokens are preferred; 0 always takes the likeliest."""
+    top_k: Optional[int] = _number(None, 1)
+    """Only the k likeliest tokens may be drawn; all when not given."""
+    top_p: Optional[float] = _number(None, 0.0, 1.0, low_open=True)
+    """Only the fewest likeliest tokens that reach this probability together may be drawn; all when not given."""
+    n: int = _number(1, 1)
+    """Samples, one after the other."""
+    seed: int = _number(1337, 0, 2**63 - 1)
+    """The same seed gives the same samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class PlotConfig(_Config):
+    """What `fastgpt plot` draws."""
+
+    out: Optional[str] = None
+    """The picture (.png, .svg, .pdf); RUN/loss.png of the first run when not given."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig(_Config):
+    """What `fastgpt doctor` prints."""
+
+    json: bool = False
+    """Print everything as one JSON object."""
+
+
+@dataclass(frozen=True)
+class NoConfig(_Config):
+    """A command without options."""
+
+
+# ---- commands -------------------------------------------------------------------------------------
+
+
+def prepare(argv: list[str], prog: str) -> int:
+    """Text in, a folder with a tokenizer and shards of token ids out."""
+    given = {} if HELP & set(argv) else arguments.given(argv, [PrepareOptions, PrepareConfig], prog)
+    base = PrepareConfig.load(given["--config"]) if "--config" in given else PrepareConfig()
+    (options, config), words = arguments.parse(
+        argv,
+        [PrepareOptions(), base],
+        prog=prog,
+        description="Turn texts into a folder with a tokenizer and shards of token ids.",
+        positional=Positional("INPUT", "Files and folders: .txt, .jsonl(.gz|.zst), .parquet, source code.", many=True),
+    )
+    if words:
+        config = config.replace(inputs=(*words, *(config.inputs if "--inputs" in given else ())))
+    if options.print_config:
+        return _print(config.to_toml())
+    if not config.inputs:
+        raise UserError(f"{prog} needs files or folders to read: {prog} INPUT... --out_dir {config.out_dir}")
+    from .data import prepare as prepare_data
+
+    prepare_data(config)
+    return 0
+
+
+def _resumed_config(given: dict[str, str]) -> dict[str, Any] | None:
+    """The config.toml of the run that --resume names, as a table, if it is there."""
+    if given.get("--resume") in (None, "None"):
+        return None
+    place = Path(given["--resume"])
+    if given["--resume"] == "auto":
+        place = Path(given.get("--out_dir", TrainConfig().out_dir))
+    for folder in (place, place.parent.parent):  # of a run, or of runs/NAME/checkpoints/step-N
+        if (folder / "config.toml").is_file():
+            return read_table(folder / "config.toml")
+    return None
+
+
+def _dataset_vocab_size(path: str) -> int | None:
+    """The vocabulary of a prepared folder, read without loading anything else; None where it cannot be told."""
+    try:
+        size = json.loads((Path(path) / "dataset.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no dataset yet, or a broken one: the trainer says which
+    return size if type(size) is int and size > 0 else None
+
+
+def _train_config(argv: list[str], prog: str) -> tuple[TrainOptions, TrainConfig]:
+    """The configuration that a command line means: --config, --preset or a resumed run, then the other flags."""
+    given = {} if HELP & set(argv) else arguments.given(argv, [TrainOptions, TrainConfig], prog)
+    file, preset = given.get("--config"), given.get("--preset")
+    table: dict[str, Any] = {}
+    base = TrainConfig()
+    if file is not None:
+        base, table = TrainConfig.load(file), read_table(file)
+    elif preset is None and (own := _resumed_config(given)) is not None:
+        base, table = TrainConfig.from_dict(own), own
+    if preset is not None:
+        if "model" in table:
+            raise UserError(f"--preset {preset} and [model] in {file} both give the model's shape: keep one of them")
+        base = base.replace(model=ModelConfig.preset(preset))
+    (options, config), _ = arguments.parse(
+        argv, [TrainOptions(), base], prog=prog, description="Train a model on a folder that `fastgpt prepare` wrote."
+    )
+    # The vocabulary is the tokenizer's, so it follows the dataset wherever nobody has said otherwise.
+    if "--model.vocab_size" not in given and "vocab_size" not in table.get("model", {}):
+        size = _dataset_vocab_size(config.data.path)
+        if size is not None:
+            config = config.replace(model=config.model.replace(vocab_size=size))
+    return options, config
+
+
+def train(argv: list[str], prog: str) -> int:
+    """Train a model, or look at what that would take."""
+    options, config = _train_config(argv, prog)
+    if options.print_config:
+        return _print(config.to_toml())
+    if options.dry_run:
+        from .estimate import estimate, report
+
+        return _print(report(estimate(config), config) + "\n")
+    with _pipes_may_close():
+        from .progress import ConsoleProgress
+        from .train import EXIT_INTERRUPTED, Trainer
+
+        trainer = Trainer(
+            config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
+        )
+        trainer.fit()
+        return EXIT_INTERRUPTED if trainer.interrupted else 0
+
+
+def sample(argv: list[str], prog: str) -> int:
+    """Continue a prompt with a trained model, as it is written."""
+    (config,), (run,) = arguments.parse(
+        argv,
+        [SampleConfig()],
+        prog=prog,
+        description="Write text with a trained model.",
+        positional=Positional("RUN", "the folder of a run, or of one of its checkpoints"),
+    )
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    import torch
+
+    from .checkpoint import load_model
+    from .precision import resolve_device
+
+    device = resolve_device(config.device)
+    model, tokenizer = load_model(run, device)
+    if tokenizer is None:
+        raise UserError(f"{run} has no tokenizer.json, so its tokens cannot be read as text")
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot_id]], device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for number in range(1, config.n + 1):
+        if config.n > 1:
+            _print(f"---- sample {number} of {config.n} ----\n")
+        _print(prompt)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+
+        def show(new: torch.Tensor, decoder: codecs.IncrementalDecoder = decoder) -> None:
+            token = int(new[0])
+            if token != tokenizer.eot_id:
+                _print(decoder.decode(tokenizer.decode_bytes([token])))
+
+        model.generate(
+            ids,
+            config.tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+            stop_ids=[tokenizer.eot_id],
+            on_token=show,
+        )
+        _print(decoder.decode(b"", final=True) + "\n")
+    return 0
+
+
+def plot(argv: list[str], prog: str) -> int:
+    """Draw the loss curves of one run or several."""
+    (config,), runs = arguments.parse(
+        argv,
+        [PlotConfig()],
+        prog=prog,
+        description="Draw the loss curves of runs into one picture.",
+        positional=Positional("RUN", "Folders of runs.", many=True),
+    )
+    if not runs:
+        raise UserError(f"{prog} needs the folder of a run: {prog} runs/NAME")
+    from .plot import plot_runs
+
+    picture = plot_runs(runs, config.out)
+    return _print(f"{picture}\n")
+
+
+def data_verify(argv: list[str], prog: str) -> int:
+    """Read every byte of a prepared folder and compare the checksums. Exit code 1 where something is damaged."""
+    _, (folder,) = arguments.parse(
+        argv,
+        [NoConfig()],
+        prog=prog,
+        description="Read every byte of a prepared folder and compare it with the checksums.",
+        positional=Positional("DIR", "the folder that `fastgpt prepare` wrote"),
+    )
+    from .data import verify
+
+    problems = verify(folder)
+    for problem in problems:
+        _print(f"{problem}\n")
+    _print(f"{folder}: {len(problems)} problem(s)\n" if problems else f"{folder}: every block is intact\n")
+    return EXIT_NOT_IN_ORDER if problems else 0
+
+
+def doctor(argv: list[str], prog: str) -> int:
+    """Say what this machine has and how each op runs. Exit code 1 where fastgpt cannot train as things are."""
+    (config,), _ = arguments.parse(
+        argv, [DoctorConfig()], prog=prog, description="What this machine has, and which implementation each op uses."
+    )
+    from .doctor import examine, report
+
+    facts = examine()
+    _print((json.dumps(facts, indent=2) if config.json else report(facts)) + "\n")
+    return EXIT_NOT_IN_ORDER if any(problem["fatal"] for problem in facts["problems"]) else 0
+
+
+def demo(argv: list[str], prog: str) -> int:
+    """Train on real text in minutes and show how good it became."""
+    from .demo.__main__ import main as run_demo
+
+    return run_demo(argv) or 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the help, and what it runs."""
+
+    run: Callable[[list[str], str], int]
+    arguments: str
+    about: str
+
+
+COMMANDS = {
+    "prepare": Command(prepare, "INPUT...", "turn texts into a tokenizer and shards of token ids"),
+    "train": Command(train, "", "train a model on a prepared folder"),
+    "sample": Command(sample, "RUN", "write text with a trained model"),
+    "plot": Command(plot, "RUN...", "draw the loss curves of runs"),
+    "data verify": Command(data_verify, "DIR", "check every byte of a prepared folder"),
+    "doctor": Command(doctor, "", "what this machine has, and how each op runs here"),
+    "demo": Command(demo, "", "from nothing to a GPT trained on real text, in minutes"),
+}
+
+
+def usage() -> str:
+    """The help of `fastgpt` itself."""
+    names = {name: f"{name} {command.arguments}" for name, command in COMMANDS.items()}
+    width = max(map(len, names.values()))
+    lines = [f"  {names[name]:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastgpt COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`fastgpt COMMAND --help` lists the options of a command, `fastgpt --version` tells the version.",
+            "",
+            "A first run:",
+            "  fastgpt prepare texts/ --out_dir data",
+            "  fastgpt train --preset tiny --batch_tokens 4096 --dry_run",
+            "  fastgpt train --preset tiny --batch_tokens 4096 --out_dir runs/first",
+            '  fastgpt sample runs/first --prompt "Once"',
+            "",
+        ]
+    )
+
+
+# ---- output, refusals, and where it all begins -------------------------------------------------------
+
+
+def _print(text: str) -> int:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return 0
+
+
+class _Forgiving:
+    """A text stream whose reader may go away: from then on, what is written goes nowhere."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._reader_may_be_gone():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._reader_may_be_gone():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _reader_may_be_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            _silence(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _silence(stream: Any) -> None:
+    """Point the stream's descriptor at nothing, so that what its buffer still holds can be flushed."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _pipes_may_close() -> Iterator[None]:
+    """Training goes on where `fastgpt train | head` does not."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _refuse(message: str) -> int:
+    if os.environ.get("FASTGPT_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"fastgpt: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in HELP:
+        return _print(usage())
+    if argv[0] == "--version":
+        return _print(f"fastgpt {__version__}\n")
+    for length in (2, 1):
+        name = " ".join(argv[:length])
+        if name in COMMANDS:
+            return COMMANDS[name].run(argv[length:], f"fastgpt {name}")
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    if argv[0] in groups and (len(argv) == 1 or argv[1] in HELP):
+        members = {name: command for name, command in COMMANDS.items() if name.startswith(argv[0])}
+        return _print("".join(f"fastgpt {name} {c.arguments}: {c.about}\n" for name, c in members.items()))
+    asked = " ".join(argv[: 2 if argv[0] in groups else 1])
+    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    hint = f"did you mean `fastgpt {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
+    raise UserError(f"there is no command {asked!r}; {hint}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (sys.argv when not given) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except (UserError, ConfigError) as error:
+        return _refuse(str(error))
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return EXIT_SIGPIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_SIGINT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in ("", "fastgpt"):
+            raise
+        return _refuse(f"the package {package} is missing; {REMEDIES.get(package, f'pip install {package}')}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
+    except SystemExit as error:
+        if error.code:
+            raise
+        return 0  # a help page was shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""What a training run would take, before it begins: parameters, memory, disk, time. Used by `--dry-run`."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .config import ModelConfig, TrainConfig
+from .flops import flops_per_token
+from .model import GPT
+from .optim import build_optimizer
+from .precision import apply_precision, measure_precision, resolve_device
+
+# A micro-batch is timed with as many of its rows as take about this long, and not at all where one row takes longer.
+TIMED_SECONDS = 4.0
+# Share of the peak that training is assumed to reach where it is not timed: ordinary for transformers.
+ASSUMED_UTILISATION = 0.4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found. Sizes are bytes, times seconds."""
+
+    parameters: int
+    precision: str
+    device: str
+    steps: int
+    tokens: int
+    """Read over the whole run."""
+    dataset_tokens: int | None
+    """In the training split; None without a prepared dataset."""
+    state_bytes: int
+    """Weights, gradients, optimizer state."""
+    activation_bytes: int
+    """Kept between the forward and the backward of one micro-batch: estimated."""
+    available_bytes: int
+    """Free memory of the device."""
+    checkpoint_bytes: int
+    """One checkpoint on the disk."""
+    checkpoints: int
+    """The most that are kept at a time, the one being written included."""
+    disk_bytes: int
+    """Free where the run would be written."""
+    seconds: float
+    """For all steps, without evaluations and saves."""
+    how: str
+    """How `seconds` was found: `measured: ...` or `estimated: ...`."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _bytes_per_parameter(precision: str, uses_muon: bool) -> tuple[int, int]:
+    """(in memory, in a checkpoint) for one parameter: weight, fp32 gradient, fp32 master, fp32 moments."""
+    low = precision.startswith("bfloat16")
+    master = 4 if low and (uses_muon or precision == "bfloat16") else 0
+    weight, moments = 2 if low else 4, 4 if uses_muon else 8
+    return weight + 4 + master + moments, (master or weight) + moments
+
+
+def _state_bytes(model: GPT, config: TrainConfig, precision: str) -> tuple[int, int]:
+    """(in memory, in a checkpoint) of weights, gradients and optimizer state; shapes are all that is needed."""
+    held = saved = 0
+    for group in build_optimizer(model, config.optim).param_groups:
+        in_memory, on_disk = _bytes_per_parameter(precision, bool(group.get("muon")))
+        count = sum(p.numel() for p in group["params"])
+        held, saved = held + in_memory * count, saved + on_disk * count
+    return held, saved
+
+
+def activation_bytes(model: ModelConfig, tokens: int, precision: str) -> int:
+    """What the backward needs of `tokens` tokens: per block the inputs of its norms, projections, rotation,
+    attention and nonlinearity, and once the embedding and the final norm. The loss works in chunks of its own."""
+    c = model.resolved()
+    heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+    ffn = c.ffn_width * (3 if c.activation == "swiglu" else 2)
+    per_token = c.n_layer * (6 * c.n_embd + 2 * heads + c.n_head * c.head_dim + ffn) + 3 * c.n_embd
+    return per_token * tokens * (2 if precision.startswith("bfloat16") else 4)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flops_per_second(device: torch.device, precision: str, size: int = 1024) -> float:
+    """The rate of one large matrix multiplication, the quickest of a few."""
+    dtype = torch.bfloat16 if precision.startswith("bfloat16") else torch.float32
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        _synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _time_steps(config: TrainConfig, device: torch.device, precision: str, repeats: int = 2) -> tuple[float, float]:
+    """Seconds of one micro-batch (forward and backward) and of one optimizer update: the quickest after a warm-up."""
+    draw = torch.Generator().manual_seed(0)
+    model = apply_precision(GPT(config.model, draw).to(device), precision)
+    optimizer = build_optimizer(model, config.optim, stochastic_rounding=precision == "bfloat16_stochastic")
+    shape = (config.micro_batch_size, config.model.block_size)
+    idx: Tensor = torch.randint(config.model.vocab_size, shape, generator=draw).to(device)
+    forward_backward = update = math.inf
+    for turn in range(repeats + 1):
+        _synchronise(device)
+        began = time.perf_counter()
+        model(idx, idx).backward()
+        _synchronise(device)
+        middle = time.perf_counter()
+        optimizer.step()
+        _synchronise(device)
+        ended = time.perf_counter()
+        optimizer.zero_grad()
+        if turn:
+            forward_backward, update = min(forward_backward, middle - began), min(update, ended - middle)
+    return forward_backward, update
+
+
+def _dataset_tokens(path: str) -> int | None:
+    from .data import Dataset
+
+    return Dataset.open(path).split("train").tokens if (Path(path) / "dataset.json").exists() else None
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Look at a run without starting it: nothing is written. Takes a few seconds where steps can be timed.
+
+    Raises UserError where the device or the dataset cannot be used.
+    """
+    device = resolve_device(config.device)
+    with torch.device("meta"):
+        shape = GPT(config.model)
+    precision = config.precision
+    if precision == "auto":  # until it is measured
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory()[1]
+    state, checkpoint = _state_bytes(shape, config, precision)
+    block_size = config.model.block_size
+
+    peak = _flops_per_second(device, precision)
+    row_seconds = flops_per_token(config.model) * block_size / (peak * ASSUMED_UTILISATION)
+    in_time = TIMED_SECONDS / row_seconds
+    in_memory = (
+        0.8 * (available - state) / activation_bytes(config.model, block_size, precision) if available else math.inf
+    )
+    rows = int(min(config.micro_batch_size, in_time, in_memory))
+    micro_batches = config.steps * config.accumulation
+    if rows:
+        timed = config.replace(micro_batch_size=rows, batch_tokens=rows * block_size)
+        if config.precision == "auto":
+            precision, _ = measure_precision(timed, device, repeats=1)
+            state, checkpoint = _state_bytes(shape, config, precision)
+        micro_batch, update = _time_steps(timed, device, precision)
+        seconds = micro_batches * micro_batch * config.micro_batch_size / rows + config.steps * update
+        part = "" if rows == config.micro_batch_size else f", {rows} of their {config.micro_batch_size} rows"
+        how = f"measured: micro-batches of random tokens{part}"
+    else:
+        seconds = micro_batches * config.micro_batch_size * row_seconds
+        why = "a step takes too long to be timed" if in_time < 1 else "it does not fit into the memory"
+        rate = f"{ASSUMED_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a matrix product reaches here"
+        how = f"estimated, since {why}: {rate}"
+    return Estimate(
+        parameters=shape.num_parameters(),
+        precision=precision,
+        device=str(device),
+        steps=config.steps,
+        tokens=config.steps * config.batch_tokens,
+        dataset_tokens=_dataset_tokens(config.data.path),
+        state_bytes=state,
+        activation_bytes=activation_bytes(config.model, config.micro_batch_size * block_size, precision),
+        available_bytes=available,
+        checkpoint_bytes=checkpoint,
+        checkpoints=config.checkpoint.keep_last + int(config.checkpoint.keep_best) + 1,
+        disk_bytes=machine.disk_free(config.out_dir),
+        seconds=seconds,
+        how=how,
+    )
+
+
+def report(found: Estimate, config: TrainConfig) -> str:
+    """`estimate()`'s findings as lines for people."""
+    size = machine.size
+    needed = found.state_bytes + found.activation_bytes
+    disk = found.checkpoint_bytes * found.checkpoints
+    if found.dataset_tokens:
+        share = f"{found.tokens / found.dataset_tokens:.2f} times the {found.dataset_tokens:,} in {config.data.path}"
+    else:
+        share = f"no dataset in {config.data.path} yet"
+    parts = f"{size(found.state_bytes)} weights, gradients, optimizer; about {size(found.activation_bytes)} activations"
+    free = f"; {size(found.available_bytes)} are free" if found.available_bytes else ""
+    place = f"{size(found.disk_bytes)} are free at {config.out_dir}"
+    each = f"{config.micro_batch_size} x {config.model.block_size} tokens each"
+    rows = {
+        "parameters": f"{found.parameters:,}",
+        "precision": f"{found.precision} on {found.device}",
+        "tokens": f"{found.tokens:,} in {found.steps:,} steps of {config.batch_tokens:,} ({share})",
+        "micro-batches": f"{config.accumulation} a step, {each}",
+        "memory": f"about {size(needed)} ({parts}){free}",
+        "checkpoint": f"{size(found.checkpoint_bytes)}, at most {found.checkpoints} at a time ({size(disk)}); {place}",
+        "speed": f"{found.tokens_per_second:,.0f} tokens/s",
+        "time": f"{machine.duration(found.seconds)} of training ({found.how})",
+    }
+    lines = [f"{name:14} {value}" for name, value in rows.items()]
+    if found.available_bytes and needed > found.available_bytes:
+        lines.append("It does not fit: lower --micro_batch_size (the global batch stays the same) or the model's size.")
+    if disk > found.disk_bytes:
+        lines.append(
+            "The disk is too small for the checkpoints: give another --out_dir or lower --checkpoint.keep_last."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""What this machine offers, read from the operating system alone: no torch, nothing to install."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# The instruction sets that matter to training, by their names in /proc/cpuinfo, and what each is good for.
+CPU_FEATURES = {
+    "avx2": "256-bit vectors",
+    "avx512f": "512-bit vectors",
+    "avx512_bf16": "bf16 dot products",
+    "amx_tile": "matrix tiles",
+    "amx_bf16": "bf16 matrix products",
+}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return (_sysctl("machdep.cpu.brand_string") if sys.platform == "darwin" else "") or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those of CPU_FEATURES that this processor has."""
+    flags: set[str] = set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.partition(":")[2].split())
+            break
+    return [name for name in CPU_FEATURES if name in flags]
+
+
+def cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the container grants, or None without such a limit."""
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if quota.isdigit() and period.isdigit() and int(period):
+        return int(quota) / int(period)
+    return None
+
+
+def memory() -> tuple[int, int]:
+    """(total, available) bytes; a container's limit counts. Zeros where the system does not tell."""
+    info = {}
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        info[name] = int(value.split()[0]) * 1024
+    total, available = info.get("MemTotal", 0), info.get("MemAvailable", 0)
+    if not total and sys.platform == "darwin":
+        total = available = int(_sysctl("hw.memsize") or 0)
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit() and int(limit) < total:
+        total, available = int(limit), min(available, max(0, int(limit) - int(used)))
+    return total, available
+
+
+def disk_free(path: str | Path = ".") -> int:
+    """Free bytes where `path` is, or would be."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def nvidia_driver() -> str | None:
+    """Version of the loaded NVIDIA driver, `unknown` where only its devices are seen, or None."""
+    for word in _read("/proc/driver/nvidia/version").split("\n", 1)[0].split():
+        if word[0].isdigit() and "." in word:
+            return word
+    return "unknown" if Path("/dev/nvidia0").exists() else None
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 3 min 20 s, 5 h 10 min, 12 days."""
+    whole = round(seconds)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole / 86400:,.0f} days"
