@@ -1,0 +1,339 @@
+"""Cross-entropy of `x @ weight.T (+ bias)` against target ids, without ever holding all the logits.
+
+    loss = cross_entropy(x @ weight[:vocab_size].T + bias[:vocab_size], targets)      see cross_entropy.py for its terms
+
+B * T rows of V logits are by far the largest tensor of a small GPT's step, and only needed to be reduced. So rows go
+through in chunks: one buffer takes a chunk's logits, becomes their softmax, then their gradient, in place, and is
+multiplied at once into the gradients of x and of the weight:
+
+    dX_chunk = dL W,   dW += dL^T X_chunk       dL = softmax(logits) - onehot  (with the other terms)
+
+Both are thus known when the forward ends, up to the factor from upstream, a scalar that the backward multiplies in on
+the device. With reduction "none" that factor differs by row, so the backward goes through the chunks once more. No
+gradient is computed for what does not ask for one, nor under torch.no_grad().
+
+Contract
+    x              (..., C), weight (V, C), bias (V,) or None: floating, one dtype and device, any strides.
+    targets        (...) int64 or int32: ignore_index, or 0 .. vocab_size - 1; others: see cross_entropy.py.
+    vocab_size     rows of weight (and bias) from here on are padding: no logit, zero gradient. V when not given.
+    token_weights  (...) floating, not differentiated: multiplies the loss of each token; "mean" then divides by the
+                   sum of the weights that count instead of their number.
+    chunk_bytes    how much memory a chunk's logits may take in fp32; a chunk never has fewer than MIN_ROWS rows, below
+                   which GEMMs waste the machine. By device when not given.
+    returns        fp32 (fp64 for fp64) in nats: a scalar, or (...) for reduction "none".
+    ValueError     where a shape, dtype, device or option is otherwise; the same on every device.
+    In bf16 and fp16 the logits are rounded to that type by their GEMM, the softmax is in fp32, its gradient is rounded
+    once, and dW sums over the chunks in fp32. Under autocast x, weight and bias are cast to its dtype.
+    Differentiable twice (the second time through `reference`, which holds the logits).
+
+Sources: the loss as in cross_entropy.py; gradients in the forward, by chunks: Hsu et al. 2024 (Liger Kernel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import native
+from fastgpt.ops import contract
+from fastgpt.ops.cross_entropy import check_options, check_targets
+from fastgpt.ops.cross_entropy import reference as cross_entropy_reference
+
+# A chunk of logits that stays near the cores: on a 2-core CPU with 32 MiB of L3, at V = 4096 and at V = 50304, the
+# fastest of 2, 4, 8, 16, 32 MiB. On a GPU a few thousand rows fill the machine at any V.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+MIN_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Options:
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    vocab_size: int
+    rows: int  # in a chunk
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    token_weights: Tensor | None = None,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """Loss of x (..., C) through the projection weight (V, C) against targets (...), in nats.
+
+    The contract is at the top of this file. Raises ValueError where it is broken.
+    """
+    _check(x, weight, bias, targets, token_weights, chunk_bytes)
+    V = weight.shape[0]
+    check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, V)
+    x, weight = contract.autocast(x, weight)
+    bias = None if bias is None else contract.autocast(bias)[0]
+    native.select(x)
+    if contract.transformed():
+        return reference(
+            x,
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            vocab_size=vocab_size,
+            token_weights=token_weights,
+        )
+    vocab_size = V if vocab_size is None else vocab_size
+    budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
+    rows = max(MIN_ROWS, budget // (vocab_size * contract.accumulator(x.dtype).itemsize))
+    options = _Options(ignore_index, reduction, label_smoothing, z_loss, softcap, vocab_size, rows)
+    weights = None if token_weights is None else token_weights.reshape(-1)
+    arguments = x.reshape(-1, x.shape[-1]), weight, bias, targets.reshape(-1), weights
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        loss = _LinearCrossEntropy.apply(*arguments, options)
+    else:
+        row_weights = _row_weights(*arguments[3:], options, contract.accumulator(x.dtype))
+        losses, _ = _by_chunks(*arguments[:4], row_weights, options, (False,) * 3)
+        loss = _reduced(losses, row_weights, options)[0]
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    token_weights: Tensor | None = None,
+) -> Tensor:
+    """The loss by way of all the logits, differentiable any number of times."""
+    losses = cross_entropy_reference(
+        F.linear(x, weight[:vocab_size], None if bias is None else bias[:vocab_size]),
+        targets,
+        ignore_index=ignore_index,
+        reduction="none" if token_weights is not None else reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    if token_weights is None:
+        return losses
+    token_weights = torch.where(targets != ignore_index, token_weights.to(losses.dtype), 0.0)
+    losses = losses * token_weights
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / token_weights.sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, token_weights, options):
+        row_weights = _row_weights(targets, token_weights, options, contract.accumulator(x.dtype))
+        # With "none" the rows' factors are known only in the backward.
+        needed = tuple(n and options.reduction != "none" for n in ctx.needs_input_grad[:3])
+        losses, gradients = _by_chunks(x, weight, bias, targets, row_weights, options, needed)
+        loss, divisor = _reduced(losses, row_weights, options)
+        ctx.save_for_backward(x, weight, bias, targets, token_weights, row_weights, divisor, *gradients)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        x, weight, bias, targets, token_weights, row_weights, divisor, *gradients = ctx.saved_tensors
+        options: _Options = ctx.options
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # somebody will differentiate this: give them the plain formulation's graph
+            loss = reference(
+                x,
+                weight,
+                targets,
+                bias=bias,
+                ignore_index=options.ignore_index,
+                reduction=options.reduction,
+                label_smoothing=options.label_smoothing,
+                z_loss=options.z_loss,
+                softcap=options.softcap,
+                vocab_size=options.vocab_size,
+                token_weights=token_weights,
+            )
+            wanted = [t for t, n in zip((x, weight, bias), needed, strict=True) if n]
+            found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
+            return *(next(found) if n else None for n in needed), None, None, None
+        if options.reduction == "none":
+            _, gradients = _by_chunks(x, weight, bias, targets, row_weights * d_loss, options, needed)
+            factor = None
+        elif options.reduction == "sum":
+            factor = d_loss
+        else:
+            factor = torch.where(divisor == 0, 0.0, d_loss / divisor)  # all ignored: no gradient, as torch
+        found = []
+        for parameter, gradient in zip((x, weight, bias), gradients, strict=True):
+            if gradient is not None:
+                gradient = (gradient if factor is None else gradient * factor).to(parameter.dtype)
+            found.append(gradient)
+        return *found, None, None, None
+
+
+def _row_weights(targets: Tensor, token_weights: Tensor | None, options: _Options, dtype: torch.dtype) -> Tensor:
+    """(N,): what the loss of each row is multiplied by; 0 for ignored ones."""
+    counted = targets != options.ignore_index
+    return counted.to(dtype) if token_weights is None else torch.where(counted, token_weights.to(dtype), 0.0)
+
+
+def _reduced(losses: Tensor, row_weights: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
+    """The loss, and for "mean" what the sum was divided by."""
+    losses = torch.where(row_weights == 0, 0.0, losses * row_weights)
+    if options.reduction == "none":
+        return losses, None
+    if options.reduction == "sum":
+        return losses.sum(), None
+    divisor = row_weights.sum()
+    return losses.sum() / divisor, divisor
+
+
+def _by_chunks(
+    x: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor,  # (N,) fp32 or fp64
+    options: _Options,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Losses (N,) of the rows, unweighted, and the gradients of their weighted sum that are needed.
+
+    The gradient of x is in its dtype, those of weight and bias are in the type of row_weights.
+    """
+    (N, C), V = x.shape, options.vocab_size
+    compute = row_weights.dtype
+    narrow = x.dtype != compute
+    losses = row_weights.new_empty(N)
+    d_x = torch.empty(N, C, dtype=x.dtype, device=x.device) if needed[0] else None
+    d_weight = row_weights.new_zeros(weight.shape) if needed[1] else None
+    d_bias = row_weights.new_zeros(weight.shape[0]) if needed[2] else None
+    weight_used = weight[:V]
+    smoothing, z_loss, softcap = options.label_smoothing, options.z_loss, options.softcap
+
+    rows = min(options.rows, N)
+    projected = torch.empty(rows, V, dtype=x.dtype, device=x.device)  # as the GEMMs read and write it
+    wide = projected.new_empty(rows, V, dtype=compute) if narrow else projected  # as it is computed with
+    for start in range(0, N, max(rows, 1)):
+        chunk = slice(start, min(start + rows, N))
+        x_chunk, n = x[chunk], chunk.stop - chunk.start
+        gemm, y = projected[:n], wide[:n]
+        if bias is None:
+            torch.mm(x_chunk, weight_used.t(), out=gemm)
+        else:
+            torch.addmm(bias[:V], x_chunk, weight_used.t(), out=gemm)
+        if narrow:
+            y.copy_(gemm)
+        if softcap is not None:
+            y.div_(softcap).tanh_()
+            slope = 1.0 - y.square() if any(needed) else None
+            y.mul_(softcap)
+        counted = targets[chunk] != options.ignore_index
+        column = torch.where(counted, targets[chunk], 0).long()[:, None]
+        target_logit = y.gather(1, column)
+        mean_logit = y.mean(1, keepdim=True) if smoothing else None
+        # Neither exp nor log over the whole chunk but torch's one vectorised softmax, in place. The largest
+        # probability is 1 / sum(exp(y - peak)), so its log gives the logsumexp.
+        peak = y.amax(1, keepdim=True)
+        torch.softmax(y, 1, out=y)
+        log_sum = -y.amax(1, keepdim=True).log()
+        nll = (peak - target_logit) + log_sum  # the difference first: exact where the loss is small
+        loss, lse = nll, peak + log_sum
+        if smoothing:
+            loss = (1.0 - smoothing) * nll + smoothing * (lse - mean_logit)
+        if z_loss:
+            loss = loss + z_loss * lse.square()
+        losses[chunk] = loss.squeeze(1)
+        if not any(needed):
+            continue
+
+        # y: probabilities -> gradient of each row's loss. At the target p - 1 would lose all digits as p nears 1.
+        at_target = torch.expm1(-nll)
+        if z_loss:
+            y.mul_(1.0 + 2.0 * z_loss * lse)
+            at_target += 2.0 * z_loss * lse * torch.exp(-nll)
+        if smoothing:
+            y.sub_(smoothing / V)
+            at_target += smoothing - smoothing / V
+        y.scatter_(1, column, at_target)
+        if softcap is not None:
+            y.mul_(slope)
+        if narrow:
+            gemm.copy_(y)
+        # The rows' weights go into the narrow factors: no pass over the logits.
+        factor = row_weights[chunk, None]
+        if d_x is not None:
+            torch.mm(gemm, weight_used, out=d_x[chunk]).mul_(factor)
+        if d_weight is not None:
+            weighted = (x_chunk * factor).to(x.dtype)
+            _add_product_(d_weight[:V], gemm.t(), weighted)
+        if d_bias is not None:
+            d_bias[:V] += torch.mv(y.t(), row_weights[chunk])
+    return losses, (d_x, d_weight, d_bias)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; total may be wider than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    chunk_bytes: int | None,
+) -> None:
+    op = "linear_cross_entropy"
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("token_weights", token_weights)):
+        if t is None and name in ("bias", "token_weights"):
+            continue
+        contract.check_floating(op, name, t)
+        contract.check_device(op, name, t, "x", x)
+        if name != "token_weights" and t.dtype != x.dtype and not contract.autocasting(x):
+            raise ValueError(f"{op}: {name} must have the dtype of x ({x.dtype}), got {t.dtype}")
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x and weight must be (..., C) and (V, C), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_targets(op, "x", x, targets)
+    if token_weights is not None:
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"{op}: token_weights must have the shape of targets {tuple(targets.shape)}, "
+                f"got {tuple(token_weights.shape)}"
+            )
+        if token_weights.requires_grad:
+            raise ValueError(f"{op}: token_weights are not differentiated, but require a gradient; detach them")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"{op}: chunk_bytes must be 1 or more, got {chunk_bytes}")
