@@ -1,0 +1,109 @@
+"""Checks that several ops share. Each raises ValueError, says which op refused, and prints what it saw.
+
+They read metadata only (dtype, shape, device), never values, so that the same call is refused with the same words on
+meta, CPU, CUDA and fake tensors, and so that nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def check_floating(op: str, name: str, x: Any) -> None:
+    """A tensor of one of the FLOATING dtypes."""
+    check_tensor(op, name, x)
+    if x.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: {name} must be {', '.join(map(dtype_name, FLOATING[:-1]))} or {dtype_name(FLOATING[-1])}, "
+            f"got {dtype_name(x.dtype)}"
+        )
+
+
+def check_like(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
+    """`x` has the dtype, shape and device of `other`. Under autocast dtypes may differ: they are promoted."""
+    check_floating(op, name, x)
+    if x.dtype != other.dtype and not autocasting(other):
+        raise ValueError(
+            f"{op}: {name} must have the dtype of {other_name} ({dtype_name(other.dtype)}), got {dtype_name(x.dtype)}"
+        )
+    if x.shape != other.shape:
+        raise ValueError(f"{op}: {name} must have the shape of {other_name} {tuple(other.shape)}, got {tuple(x.shape)}")
+    check_device(op, name, x, other_name, other)
+
+
+def check_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name} ({other.device}), got {x.device}")
+
+
+def check_rows(op: str, name: str, x: Any) -> int:
+    """A floating tensor (..., C) with C >= 1; returns C."""
+    check_floating(op, name, x)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: {name} must have a shape (..., C) with C >= 1, got {tuple(x.shape)}")
+    return x.shape[-1]
+
+
+def check_channel_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
+    """A per-channel parameter (C,) for x (..., C), in the dtype of x or in float32, on its device."""
+    check_tensor(op, name, weight)
+    if weight.dtype not in (x.dtype, torch.float32) and not (autocasting(x) and weight.dtype in FLOATING):
+        raise ValueError(
+            f"{op}: {name} must be in the dtype of x ({dtype_name(x.dtype)}) or float32, got {dtype_name(weight.dtype)}"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: {name} must have shape ({x.shape[-1]},) for x {tuple(x.shape)}, "
+                         f"got {tuple(weight.shape)}")  # fmt: skip
+    check_device(op, name, weight, "x", x)
+
+
+def check_eps(op: str, eps: Any) -> None:
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be a finite number >= 0, got {eps!r}")
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of `x`."""
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of torch.autocast where it is on, as it casts the inputs of a matrix product."""
+    if not autocasting(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics are kept in: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp ...) is at work: it needs plain, batchable, forward-differentiable code."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def hand_written_backward_serves(x: Tensor) -> bool:
+    """Whether the formulation with a backward of its own, there for speed on a CPU, may stand in for plain torch.
+
+    Not where something looks inside the op: torch.compile and torch.func's transforms; and not under autocast, which
+    would change dtypes in that backward.
+    """
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed() or autocasting(x))
