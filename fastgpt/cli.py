@@ -46,6 +46,8 @@ REMEDIES = {"torch": "pip install torch", "tomli_w": "pip install tomli-w"}
 
 @dataclass(frozen=True)
 class PrepareOptions(_Config):
+    """What `fastgpt prepare` takes besides PrepareConfig's fields."""
+
     config: Optional[str] = None
     """A .toml or .json file with PrepareConfig's fields: the base that the other options change."""
     print_config: bool = False
@@ -54,6 +56,8 @@ class PrepareOptions(_Config):
 
 @dataclass(frozen=True)
 class TrainOptions(_Config):
+    """What `fastgpt train` takes besides TrainConfig's fields."""
+
     config: Optional[str] = None
     """A .toml or .json file with TrainConfig's fields: the base that the other options change."""
     preset: Optional[Literal[tuple(PRESETS)]] = None  # type: ignore[valid-type]
