@@ -1,0 +1,602 @@
+"""Text files to a dataset: read, encode in parallel, drop duplicates, write shards.
+
+One process reads and writes in order; workers encode. Every so often the state of the work (how far reading and
+each split's shards have come) is synced to the disk, so a run that was killed goes on from there: the shards are
+cut back to that state, and what follows is a function of the inputs alone. dataset.json is written last, so a
+folder either holds a whole dataset or none.
+
+In the folder while it works: prepare.json (the state), prepare.digests (of the documents so far), *.partial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import PrepareConfig
+from ..errors import UserError
+from .dataset import DATASET_FILE, SPLITS, TOKENIZER_FILE, Dataset, read_meta, write_meta
+from .digests import DigestSet
+from .documents import DIGEST_BYTES, InputError, InputFile, Piece, Position, digest_of, find_files, read_pieces
+from .encode import Encoded, Encoder, Inline, Texts, WorkerPool
+from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for, sync_folder, write_atomically
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+STATE_FILE, DIGESTS_FILE = "prepare.json", "prepare.digests"
+STATE_VERSION = 1
+
+STATE_SECONDS = 5.0  # between two states on the disk: what a kill can cost
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+TRAINING_BYTES = 64 << 20  # of text that a tokenizer is trained on
+_AHEAD_PER_WORKER = 3  # pieces read ahead of the one to write next: one encoding, two waiting
+_AHEAD_BYTES = 4 << 20  # ... and their text for each worker, which bounds the memory
+_SMALL = 4 << 20  # input for which another worker would start later than the work is done
+
+
+def prepare(config: PrepareConfig, progress: bool = True) -> dict[str, Any]:
+    """Turn `config.inputs` into a dataset in `config.out_dir`, going on where an interrupted run stopped.
+
+    Returns dataset.json's content and, under `run` (not in the file): `seconds` (of reading, encoding and
+    writing), `tokenizer_seconds`, `mb_per_second` (of text), `resumed` and `already_done`. The same inputs and
+    settings give the same bytes with any number of workers, however often the run was interrupted.
+
+    `progress` shows a bar on stderr, or lines where that is no terminal.
+
+    Raises UserError, with nothing kept in the folder, for inputs that cannot be read (missing, empty, not UTF-8
+    and errors="strict", damaged) and for a full disk; and, with the folder left as it is, where another prepare
+    works there, where it holds anything but this very dataset, and where a worker dies.
+    """
+    if not config.inputs:
+        raise UserError("inputs is empty; expected files or folders of text")
+    if config.shard_tokens > MAX_SHARD_TOKENS:
+        raise UserError(
+            f"shard_tokens = {config.shard_tokens}: expected at most {MAX_SHARD_TOKENS}, as its header counts in int32"
+        )
+    # validation first: a training document that is also in there is the one to be dropped
+    files = find_files(config.val_inputs, "val") + find_files(config.inputs, "train" if config.val_inputs else "")
+    folder = Path(config.out_dir)
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            return _Preparation(config, folder, files, progress).run()
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from None
+    finally:
+        if created:  # and nothing was kept
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock ends with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another prepare is at work in {folder}; wait for it or choose another out_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+class _Preparation:
+    """One run over one folder."""
+
+    def __init__(self, config: PrepareConfig, folder: Path, files: list[InputFile], progress: bool):
+        self.config, self.folder, self.files = config, folder, files
+        self.input_bytes = sum(file.size for file in files)
+        self.show = _Progress(self.input_bytes, progress)
+        self.tokenizer_seconds = 0.0
+        # what the state on the disk holds besides the writers' own
+        self.position = Position()
+        self.consumed = 0
+        self.long_split: str | None = None  # where the long document that is being read goes
+        self.long_kept = False
+        self.counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
+        self.duplicates = self.empty = self.replaced = 0
+        self.tokenizer_owned = False
+        self.digests = DigestSet()
+        self.writers: dict[str, ShardWriter] = {}
+        self.digests_file: Any = None
+
+    def run(self) -> dict[str, Any]:
+        tokenizer = None
+        if self.config.tokenizer != "train":
+            from ..tokenizer import Tokenizer
+
+            tokenizer = Tokenizer.load(self.config.tokenizer)
+        self.settings = self._settings(tokenizer)
+        self.fingerprint = self._fingerprint()
+        if (self.folder / DATASET_FILE).exists():
+            return self._already_done()
+        state = self._interrupted_state()
+        try:
+            return self._work(state, tokenizer)
+        except InputError:
+            self._clean()
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            needed = self._bytes_needed()
+            self._clean()
+            free = shutil.disk_usage(self.folder).free
+            raise UserError(
+                f"no space to write in {self.folder}: {error.strerror}; the dataset needs about {needed:,} bytes and "
+                f"{free:,} are free now that what was written is removed"
+            ) from None
+        finally:
+            self._close()
+            self.show.close()
+
+    # ---- what has been done before ---------------------------------------------------------------
+
+    def _settings(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What the result depends on, besides the files."""
+        settings = self.config.to_dict()
+        for name in ("out_dir", "workers"):
+            del settings[name]
+        if tokenizer is not None:
+            del settings["vocab_size"]
+            settings["tokenizer"] = tokenizer.sha256
+        if self.config.val_inputs:
+            del settings["val_fraction"]
+        return settings
+
+    def _fingerprint(self) -> str:
+        listed = [(file.name, file.kind, file.split, file.size, file.mtime_ns) for file in self.files]
+        return hashlib.sha256(json.dumps([self.settings, listed]).encode()).hexdigest()
+
+    def _difference(self, other: dict[str, Any]) -> str:
+        """Which setting another run in this folder had, in words."""
+        for name, value in self.settings.items():
+            if other.get(name) != value:
+                return f"{name} was {other.get(name)!r} and now is {value!r}"
+        return "the input files have changed since"
+
+    def _already_done(self) -> dict[str, Any]:
+        meta = read_meta(self.folder)
+        if meta.get("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"{self.folder} holds a dataset prepared otherwise ({self._difference(meta.get('settings', {}))}); "
+                f"choose another out_dir or remove that folder"
+            )
+        Dataset.open(self.folder)
+        self._remove_temporaries()
+        self.show.line(f"{self.folder} was already prepared from these inputs; nothing to do")
+        return {**meta, "run": self._run_report(0, 0, resumed=False, already_done=True)}
+
+    def _interrupted_state(self) -> dict[str, Any] | None:
+        path = self.folder / STATE_FILE
+        try:
+            state = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            for pattern in (*(f"{split}-*.bin*" for split in SPLITS), DIGESTS_FILE):
+                if found := next(self.folder.glob(pattern), None):
+                    raise UserError(f"{found} was not written by this prepare; choose another out_dir") from None
+            if self.config.tokenizer == "train" and (self.folder / TOKENIZER_FILE).exists():
+                raise UserError(
+                    f"{self.folder / TOKENIZER_FILE} exists; give it as tokenizer to encode with it, or choose another "
+                    f"out_dir to train a new one"
+                ) from None
+            return None
+        except ValueError:
+            state = {}
+        if state.get("version") != STATE_VERSION:
+            raise UserError(f"{path} is damaged; remove {self.folder} and start again")
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"{self.folder} holds an interrupted prepare of other inputs or settings "
+                f"({self._difference(state['settings'])}); choose another out_dir or remove that folder"
+            )
+        return state
+
+    # ---- the work --------------------------------------------------------------------------------
+
+    def _work(self, state: dict[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        resumed = state is not None and "position" in state
+        if state is None:
+            # written before anything else is, so that the next run knows whose files these are
+            owned = not (self.folder / TOKENIZER_FILE).exists()
+            state = {"tokenizer_owned": owned}
+            self._write_state(state)
+        self.tokenizer_owned = state["tokenizer_owned"]
+        tokenizer = self._tokenizer(tokenizer, state if resumed else None)
+        encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
+        self.writers = {
+            split: ShardWriter(self.folder, split, encoder.dtype, self.config.shard_tokens) for split in SPLITS
+        }
+        self.tokenizer_sha256 = tokenizer.sha256
+        self._restore(state if resumed else None)
+        self._save()
+        began, text_before = time.perf_counter(), self._text_bytes()
+        self.show.start(self.consumed, resumed)
+        self._encode_all(encoder)
+        meta = self._finish(tokenizer)
+        seconds = time.perf_counter() - began
+        self.show.close()
+        report = self._run_report(seconds, self._text_bytes() - text_before, resumed, already_done=False)
+        self.show.line(self._summary(meta, report))
+        return {**meta, "run": report}
+
+    def _tokenizer(self, tokenizer: Tokenizer | None, resumed: dict[str, Any] | None) -> Tokenizer:
+        from ..tokenizer import Tokenizer
+
+        path = self.folder / TOKENIZER_FILE
+        if tokenizer is None and resumed is not None:
+            tokenizer = Tokenizer.load(path)
+        elif tokenizer is None:
+            self.show.line("training the tokenizer")
+            began = time.perf_counter()
+            try:
+                tokenizer = Tokenizer.train(
+                    texts=self._training_texts(), vocab_size=self.config.vocab_size, max_bytes=2 * TRAINING_BYTES
+                )
+            except UserError as error:
+                raise InputError(str(error)) from None
+            self.tokenizer_seconds = time.perf_counter() - began
+            self.show.line(f"trained a tokenizer of {tokenizer.vocab_size} tokens in {self.tokenizer_seconds:.1f} s")
+        if resumed is not None and tokenizer.sha256 != resumed["tokenizer_sha256"]:
+            raise UserError(f"{path} is not the tokenizer of the interrupted run; remove {self.folder} and start again")
+        if resumed is None and self.tokenizer_owned:
+            write_atomically(path, tokenizer.to_json())
+        elif Tokenizer.load(path).sha256 != tokenizer.sha256:
+            raise UserError(f"{path} is another tokenizer than {self.config.tokenizer}; choose another out_dir")
+        return tokenizer
+
+    def _training_texts(self) -> Iterator[str]:
+        """Text of the training split, up to TRAINING_BYTES: the first part of every file, in proportion.
+
+        Where many small files make up the corpus, it is every so-many-th of them. A corpus without validation
+        documents, whose end `_cut_validation` will take, is left without its end here too.
+        """
+        files = [file for file in self.files if file.split != "val"]
+        share = min(1.0, TRAINING_BYTES / max(1, sum(file.size for file in files)))
+        wanted = taken = 0.0
+        validation_seen = bool(self.config.val_inputs) or share < 1
+        held: deque[str] = deque()  # texts whose end may yet be taken away
+        total = 0
+        for file in files:
+            wanted += share * file.size
+            if share < 1 and taken >= wanted:
+                continue
+            split = ""
+            for piece in read_pieces([file], Position(), self.config.text_field):
+                for text, data in Texts(piece, self.config.text_field, self.config.errors):
+                    if piece.kind != "part" or piece.first:
+                        split = self._split_of(piece.split, piece.digest or digest_of(data))
+                    taken += len(data)
+                    if split == "val":
+                        validation_seen = True
+                        continue
+                    total += len(data)
+                    held.append(text)
+                while held and validation_seen:
+                    yield held.popleft()
+                if share < 1 and taken >= wanted:
+                    break
+        # nothing was held back once a validation document was seen; else cut the same share from the end
+        spare = int(self.config.val_fraction * total)
+        while held and spare > 0:
+            last = held.pop()
+            size = len(last.encode())
+            if size > spare:
+                held.append(last.encode()[: size - spare].decode("utf-8", "ignore"))
+            spare -= size
+        while held:
+            yield held.popleft()
+
+    def _split_of(self, given: str, digest: bytes) -> str:
+        if given:
+            return given
+        return "val" if int.from_bytes(digest[:8], "little") < self.config.val_fraction * 2**64 else "train"
+
+    def _encode_all(self, encoder: Encoder) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = self.config.workers or min(cores, 1 + (self.input_bytes - self.consumed) // _SMALL)
+        pool = WorkerPool(encoder, workers) if workers > 1 else Inline(encoder)
+        ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
+        ahead_bytes = 0
+        saved = time.monotonic()
+        try:
+            pieces = read_pieces(self.files, self.position, self.config.text_field)
+            while True:
+                piece = next(pieces, None)
+                while ahead and (
+                    piece is None
+                    or len(ahead) >= _AHEAD_PER_WORKER * pool.workers
+                    or ahead_bytes + piece.size > _AHEAD_BYTES * pool.workers
+                ):
+                    done, future = ahead.popleft()
+                    ahead_bytes -= done.size
+                    self._commit(done, future.result())
+                    if time.monotonic() - saved >= STATE_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+                if piece is None:
+                    break
+                ahead.append((piece, pool.submit(piece)))
+                ahead_bytes += piece.size
+        finally:
+            pool.close()
+        self.position = Position(len(self.files))
+        self._save()
+
+    def _commit(self, piece: Piece, encoded: Encoded) -> None:
+        """Take one piece's documents over, in reading order."""
+        runs: list[list[Any]] = []  # [split, first id, end]: neighbours that go to one place are written at once
+        end = 0
+        for tokens, text_bytes, digest in zip(encoded.tokens, encoded.text_bytes, encoded.digests, strict=True):
+            start, end = end, end + tokens
+            if piece.kind == "part" and not piece.first:
+                split, kept = self.long_split, self.long_kept
+            else:
+                split, kept = self._split_of(piece.split, digest), self.digests.add(digest)
+                self.long_split, self.long_kept = split, kept
+                if kept:
+                    self.digests_file.write(digest)
+            if not kept:
+                self.duplicates += piece.last
+                continue
+            self.counts[split]["documents"] += piece.last
+            self.counts[split]["text_bytes"] += text_bytes
+            if runs and runs[-1][0] == split and runs[-1][2] == start:
+                runs[-1][2] = end
+            else:
+                runs.append([split, start, end])
+        for split, start, end in runs:
+            self.writers[split].append(encoded.ids[start:end])
+        self.empty += encoded.empty
+        self.replaced += encoded.replaced
+        self.position, self.consumed = piece.position, piece.consumed
+        self.show.update(self.consumed, self._text_bytes())
+
+    def _cut_validation(self, tokenizer: Tokenizer) -> None:
+        """Where no document fell to validation (a single long text, say), give it the end of the training split."""
+        train, val = self.writers["train"], self.writers["val"]
+        if self.config.val_inputs or self.config.val_fraction == 0 or val.tokens or train.tokens < 2:
+            return
+        count = math.ceil(self.config.val_fraction * train.tokens)
+        start = train.tokens - count
+        documents = text_bytes = 0
+        for first in range(start, train.tokens, BLOCK_BYTES):
+            ids = train.read(first, min(first + BLOCK_BYTES, train.tokens))
+            ends = int(np.count_nonzero(ids == tokenizer.eot_id))
+            documents += ends
+            text_bytes += len(tokenizer.decode_bytes(ids[ids != tokenizer.eot_id]))
+            val.append(ids)
+        whole = int(train.read(start - 1, start)[0]) == tokenizer.eot_id  # the cut falls between two documents
+        self.counts["val"] = {"documents": documents, "text_bytes": text_bytes}
+        self.counts["train"]["text_bytes"] -= text_bytes
+        self.counts["train"]["documents"] -= documents - (not whole)
+        # the state says that train is shorter before it is: a run killed here cuts it when it goes on
+        self._save({"train": start})
+        train.truncate(start)
+
+    def _finish(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        if not any(writer.tokens for writer in self.writers.values()):
+            raise InputError("the inputs hold no text; expected at least one document that is not empty")
+        self._cut_validation(tokenizer)
+        train = self.writers["train"]
+        if train.tokens and int(train.read(train.tokens - 1, train.tokens)[0]) != tokenizer.eot_id:
+            train.append(np.array([tokenizer.eot_id], dtype=train.dtype))  # its last document was cut
+        splits = {
+            split: {"shards": writer.finish(), "tokens": writer.tokens, **self.counts[split]}
+            for split, writer in self.writers.items()
+        }
+        meta = write_meta(
+            self.folder,
+            {
+                "tokenizer": {"file": TOKENIZER_FILE, "name": tokenizer.name, "sha256": tokenizer.sha256},
+                "vocab_size": tokenizer.vocab_size,
+                "eot_id": tokenizer.eot_id,
+                "dtype": train.dtype.name,
+                "block_bytes": BLOCK_BYTES,
+                "splits": splits,
+                "duplicates": self.duplicates,
+                "empty": self.empty,
+                "replaced": self.replaced,
+                "sources": {"files": len(self.files), "bytes": self.input_bytes},
+                "settings": self.settings,
+                "fingerprint": self.fingerprint,
+            },
+        )
+        self._remove_temporaries()
+        return meta
+
+    # ---- the state on the disk -------------------------------------------------------------------
+
+    def _save(self, truncated: dict[str, int] | None = None) -> None:
+        """Put the state on the disk, after what it speaks of. `truncated`: tokens a split is about to be cut to."""
+        for writer in self.writers.values():
+            writer.sync()
+        self.digests_file.flush()
+        os.fsync(self.digests_file.fileno())
+        splits = {}
+        for split, writer in self.writers.items():
+            shards, partial = writer.shards, writer.partial_tokens
+            if truncated and split in truncated:
+                whole, partial = divmod(truncated[split], self.config.shard_tokens)
+                shards = shards[:whole]
+            splits[split] = {"shards": shards, "partial_tokens": partial, **self.counts[split]}
+        self._write_state(
+            {
+                "tokenizer_owned": self.tokenizer_owned,
+                "tokenizer_sha256": self.tokenizer_sha256,
+                "position": dataclasses.asdict(self.position),
+                "consumed": self.consumed,
+                "long_split": self.long_split,
+                "long_kept": self.long_kept,
+                "splits": splits,
+                "digests": len(self.digests),
+                "duplicates": self.duplicates,
+                "empty": self.empty,
+                "replaced": self.replaced,
+            }
+        )
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        head = {"version": STATE_VERSION, "fingerprint": self.fingerprint, "settings": self.settings}
+        write_atomically(self.folder / STATE_FILE, json.dumps({**head, **state}) + "\n")
+
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        path = self.folder / DIGESTS_FILE
+        if state is None:
+            for writer in self.writers.values():
+                writer.restore([], 0)
+            self.digests_file = open(path, "wb")  # noqa: SIM115 - closed by _close()
+            return
+        for split, writer in self.writers.items():
+            saved = state["splits"][split]
+            writer.restore(saved["shards"], saved["partial_tokens"])
+            self.counts[split] = {name: saved[name] for name in ("documents", "text_bytes")}
+        self.digests_file = open(path, "r+b")  # noqa: SIM115 - closed by _close()
+        for _ in range(state["digests"]):
+            digest = self.digests_file.read(DIGEST_BYTES)
+            if len(digest) < DIGEST_BYTES:
+                raise UserError(f"{path} is shorter than the interrupted run left it; remove {self.folder}")
+            self.digests.add(digest)
+        self.digests_file.truncate(DIGEST_BYTES * state["digests"])
+        self.digests_file.seek(0, os.SEEK_END)
+        self.position = Position(**state["position"])
+        for name in ("consumed", "long_split", "long_kept", "duplicates", "empty", "replaced"):
+            setattr(self, name, state[name])
+
+    def _close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        if self.digests_file is not None:
+            with contextlib.suppress(OSError):  # unwritten digests of a run that ends here anyway
+                self.digests_file.close()
+
+    def _remove_temporaries(self) -> None:
+        for name in (DIGESTS_FILE, STATE_FILE):  # the state last: it is what says whose the others are
+            (self.folder / name).unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+    def _clean(self) -> None:
+        """Remove everything that this preparation has written."""
+        self._close()
+        for pattern in (*(f"{split}-*.bin*" for split in SPLITS), f"{DATASET_FILE}.partial"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        for name in (f"{TOKENIZER_FILE}.partial", f"{STATE_FILE}.partial"):
+            (self.folder / name).unlink(missing_ok=True)
+        if self.tokenizer_owned:
+            (self.folder / TOKENIZER_FILE).unlink(missing_ok=True)
+        self._remove_temporaries()
+
+    # ---- figures ---------------------------------------------------------------------------------
+
+    def _text_bytes(self) -> int:
+        return sum(count["text_bytes"] for count in self.counts.values())
+
+    def _bytes_needed(self) -> int:
+        """Bytes of the whole dataset, from what the inputs read so far came to."""
+        written = sum(writer.tokens * writer.dtype.itemsize for writer in self.writers.values())
+        if self.consumed:
+            return int(written / self.consumed * self.input_bytes)
+        # about four bytes of text to a token
+        return self.input_bytes // 4 * dtype_for(self.config.vocab_size).itemsize
+
+    def _run_report(self, seconds: float, text_bytes: int, resumed: bool, already_done: bool) -> dict[str, Any]:
+        return {
+            "seconds": seconds,
+            "tokenizer_seconds": self.tokenizer_seconds,
+            "mb_per_second": text_bytes / 1e6 / seconds if seconds else 0.0,
+            "resumed": resumed,
+            "already_done": already_done,
+        }
+
+    def _summary(self, meta: dict[str, Any], report: dict[str, Any]) -> str:
+        train, val = (meta["splits"][split] for split in SPLITS)
+        notes = [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.duplicates, "duplicates dropped"),
+                (self.empty, "empty documents left out"),
+                (self.replaced, "invalid UTF-8 sequences replaced"),
+            )
+            if count
+        ]
+        return (
+            f"{train['documents'] + val['documents']:,} documents, {self._text_bytes() / 1e6:,.1f} MB of text: "
+            f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, as {meta['dtype']}, in "
+            f"{report['seconds']:.1f} s ({report['mb_per_second']:.1f} MB/s)" + "".join(f"; {note}" for note in notes)
+        )
+
+
+class _Progress:
+    """A bar on stderr, or a line every so often where that is no terminal. A closed stderr is no matter."""
+
+    def __init__(self, total: int, enabled: bool):
+        self.total, self.enabled = total, enabled
+        self.bar: Any = None
+
+    def start(self, consumed: int, resumed: bool) -> None:
+        self.began = self.last = time.monotonic()
+        self.text_before: int | None = None
+        if not self.enabled:
+            return
+        if resumed:
+            self.line(f"going on after {consumed / 1e6:,.1f} of {self.total / 1e6:,.1f} MB of input")
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("prepare"),
+                BarColumn(),
+                DownloadColumn(),
+                TextColumn("{task.fields[rate]:.1f} MB/s"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task("", total=self.total, completed=consumed, rate=0.0)
+            self.bar.start()
+
+    def update(self, consumed: int, text_bytes: int) -> None:
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        if self.text_before is None:
+            self.text_before = text_bytes
+        rate = (text_bytes - self.text_before) / 1e6 / max(now - self.began, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=consumed, rate=rate)
+        elif now - self.last >= LINE_SECONDS:
+            self.last = now
+            self.line(f"prepare: {consumed / 1e6:,.1f} of {self.total / 1e6:,.1f} MB of input, {rate:.1f} MB/s of text")
+
+    def line(self, text: str) -> None:
+        if self.enabled:
+            with contextlib.suppress(OSError, ValueError):
+                print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
