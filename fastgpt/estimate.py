@@ -17,8 +17,9 @@ from .model import GPT
 from .optim import build_optimizer
 from .precision import apply_precision, measure_precision, resolve_device
 
-# A micro-batch is timed with as many of its rows as take about this long, and not at all where one row takes longer.
-TIMED_SECONDS = 4.0
+# A micro-batch is timed with as many of its rows as take about this long; not at all where one row takes far longer.
+TIMED_SECONDS = 1.0
+PATIENCE = 4.0  # times TIMED_SECONDS
 # Share of the peak that training is assumed to reach where it is not timed: ordinary for transformers.
 ASSUMED_UTILISATION = 0.4
 
@@ -49,8 +50,10 @@ class Estimate:
     """Free where the run would be written."""
     seconds: float
     """For all steps, without evaluations and saves."""
+    timed: bool
+    """`seconds` was measured here and now; otherwise estimated."""
     how: str
-    """How `seconds` was found: `measured: ...` or `estimated: ...`."""
+    """How `seconds` was found, in words."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,7 +106,7 @@ def _flops_per_second(device: torch.device, precision: str, size: int = 1024) ->
     return 2 * size**3 / best
 
 
-def _time_steps(config: TrainConfig, device: torch.device, precision: str, repeats: int = 2) -> tuple[float, float]:
+def _time_steps(config: TrainConfig, device: torch.device, precision: str, repeats: int = 1) -> tuple[float, float]:
     """Seconds of one micro-batch (forward and backward) and of one optimizer update: the quickest after a warm-up."""
     draw = torch.Generator().manual_seed(0)
     model = apply_precision(GPT(config.model, draw).to(device), precision)
@@ -153,7 +156,7 @@ def estimate(config: TrainConfig) -> Estimate:
     in_memory = (
         0.8 * (available - state) / activation_bytes(config.model, block_size, precision) if available else math.inf
     )
-    rows = int(min(config.micro_batch_size, in_time, in_memory))
+    rows = int(min(config.micro_batch_size, max(in_time, float(in_time * PATIENCE >= 1)), in_memory))
     micro_batches = config.steps * config.accumulation
     if rows:
         timed = config.replace(micro_batch_size=rows, batch_tokens=rows * block_size)
@@ -166,7 +169,7 @@ def estimate(config: TrainConfig) -> Estimate:
         how = f"measured: micro-batches of random tokens{part}"
     else:
         seconds = micro_batches * config.micro_batch_size * row_seconds
-        why = "a step takes too long to be timed" if in_time < 1 else "it does not fit into the memory"
+        why = "a step takes too long to be timed" if in_memory >= 1 else "it does not fit into the memory"
         rate = f"{ASSUMED_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a matrix product reaches here"
         how = f"estimated, since {why}: {rate}"
     return Estimate(
@@ -183,6 +186,7 @@ def estimate(config: TrainConfig) -> Estimate:
         checkpoints=config.checkpoint.keep_last + int(config.checkpoint.keep_best) + 1,
         disk_bytes=machine.disk_free(config.out_dir),
         seconds=seconds,
+        timed=rows > 0,
         how=how,
     )
 
@@ -199,15 +203,16 @@ def report(found: Estimate, config: TrainConfig) -> str:
     parts = f"{size(found.state_bytes)} weights, gradients, optimizer; about {size(found.activation_bytes)} activations"
     free = f"; {size(found.available_bytes)} are free" if found.available_bytes else ""
     place = f"{size(found.disk_bytes)} are free at {config.out_dir}"
+    assumed = " (assumed: auto measures when the run begins)" if config.precision == "auto" and not found.timed else ""
     each = f"{config.micro_batch_size} x {config.model.block_size} tokens each"
     rows = {
         "parameters": f"{found.parameters:,}",
-        "precision": f"{found.precision} on {found.device}",
+        "precision": f"{found.precision} on {found.device}{assumed}",
         "tokens": f"{found.tokens:,} in {found.steps:,} steps of {config.batch_tokens:,} ({share})",
         "micro-batches": f"{config.accumulation} a step, {each}",
         "memory": f"about {size(needed)} ({parts}){free}",
         "checkpoint": f"{size(found.checkpoint_bytes)}, at most {found.checkpoints} at a time ({size(disk)}); {place}",
-        "speed": f"{found.tokens_per_second:,.0f} tokens/s",
+        "speed": f"{found.tokens_per_second:,.{0 if found.tokens_per_second >= 10 else 2}f} tokens/s",
         "time": f"{machine.duration(found.seconds)} of training ({found.how})",
     }
     lines = [f"{name:14} {value}" for name, value in rows.items()]
