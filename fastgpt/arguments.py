@@ -47,6 +47,11 @@ class Flag:
         return typing.get_origin(self.hint) is tuple
 
     @property
+    def arms(self) -> tuple:
+        """The types that a value may have: those of a union, or the one."""
+        return typing.get_args(self.hint) if _is_union(self.hint) else (self.hint,)
+
+    @property
     def is_switch(self) -> bool:
         return self.hint is bool
 
@@ -58,17 +63,14 @@ class Flag:
 
     def check(self, text: str) -> None:
         """Raises ConfigError if `text` is no value of this field."""
-        arms = [a for a in typing.get_args(self.hint) if a is not type(None)] if _is_union(self.hint) else [self.hint]
         if text == "None" and _is_union(self.hint):
             return
         value: Any = text
-        for convert in (int, float):
-            if convert in arms:
-                with contextlib.suppress(ValueError):
-                    value = convert(text)
-                    break
-        if self.is_switch:
+        if bool in self.arms:
             value = TRUE_OR_FALSE.get(text.lower(), text)
+        for number in {int, float} & set(self.arms):
+            with contextlib.suppress(ValueError):
+                value = number(text)
         if self.takes_many:
             value = (value,)
         check_field(self.field, self.hint, value, self.name)
@@ -97,7 +99,8 @@ def flags(cls: type, prefix: str = "--") -> dict[str, Flag]:
     return found
 
 
-def _unknown(name: str, known: Sequence[str], prog: str) -> UserError:
+def _unknown(spelled: str, known: Sequence[str], prog: str) -> UserError:
+    name = "--" + spelled.lstrip("-").replace("-", "_")
     last = {flag: flag.rpartition(".")[2].lstrip("-") for flag in known}
     word = name.rpartition(".")[2].lstrip("-")
     near = [flag for flag in known if last[flag] == word]  # a forgotten or mistaken section
@@ -105,7 +108,7 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> UserError:
     close = difflib.get_close_matches(word, set(last.values()), n=1)
     near = near or [flag for flag in known if last[flag] in close]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else f"`{prog} --help` lists the options"
-    return UserError(f"{prog} has no option {name}; {hint}")
+    return UserError(f"{prog} has no option {spelled}; {hint}")
 
 
 def _is_flag(token: str) -> bool:
@@ -164,6 +167,7 @@ def _tokens(pairs: list[tuple[Flag | None, str]]) -> list[str]:
         elif flag.takes_many:
             many.setdefault(flag.name, []).append(value)
         else:
+            value = value.capitalize() if bool in flag.arms else value  # an optional switch: True, False, None
             tokens.append(f"{flag.name}={value}")
     for name, values in many.items():
         tokens += [name, *values]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .units import size
 
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 10)
@@ -142,9 +143,9 @@ def examine(path: str | Path = ".") -> dict[str, Any]:
     total, available = machine.memory()
     free = machine.disk_free(path)
     if total and available < LITTLE_MEMORY:
-        problems.append(Problem(f"only {machine.size(available)} of memory are free", "end other programs"))
+        problems.append(Problem(f"only {size(available)} of memory are free", "end other programs"))
     if free < LITTLE_DISK:
-        problems.append(Problem(f"only {machine.size(free)} are free on the disk of {path}", "make room"))
+        problems.append(Problem(f"only {size(free)} are free on the disk of {path}", "make room"))
     gpus = _gpus(torch, driver, problems)
     _threads(torch, problems)
     return {
@@ -186,12 +187,10 @@ def report(facts: dict[str, Any]) -> str:
     rows.append(("", ", ".join(features) or "no vector instructions that are known here"))
     memory = facts["memory"]
     if memory["total_bytes"]:
-        free, total = machine.size(memory["available_bytes"]), machine.size(memory["total_bytes"])
+        free, total = size(memory["available_bytes"]), size(memory["total_bytes"])
         rows.append(("memory", f"{free} free of {total}"))
-    rows.append(("disk", f"{machine.size(facts['disk']['free_bytes'])} free at {facts['disk']['path']}"))
-    devices = [
-        f"{d['name']}, compute capability {d['capability']}, {machine.size(d['memory_bytes'])}" for d in gpu["devices"]
-    ]
+    rows.append(("disk", f"{size(facts['disk']['free_bytes'])} free at {facts['disk']['path']}"))
+    devices = [f"{d['name']}, compute capability {d['capability']}, {size(d['memory_bytes'])}" for d in gpu["devices"]]
     rows.append(("GPU", devices[0] if devices else "none that torch can use"))
     rows += [("", device) for device in devices[1:]]
     if gpu["driver"]:

@@ -16,6 +16,7 @@ from .flops import flops_per_token
 from .model import GPT
 from .optim import build_optimizer
 from .precision import apply_precision, measure_precision, resolve_device
+from .units import duration, size
 
 # A micro-batch is timed with as many of its rows as take about this long; not at all where one row takes far longer.
 TIMED_SECONDS = 1.0
@@ -193,7 +194,6 @@ def estimate(config: TrainConfig) -> Estimate:
 
 def report(found: Estimate, config: TrainConfig) -> str:
     """`estimate()`'s findings as lines for people."""
-    size = machine.size
     needed = found.state_bytes + found.activation_bytes
     disk = found.checkpoint_bytes * found.checkpoints
     if found.dataset_tokens:
@@ -213,7 +213,7 @@ def report(found: Estimate, config: TrainConfig) -> str:
         "memory": f"about {size(needed)} ({parts}){free}",
         "checkpoint": f"{size(found.checkpoint_bytes)}, at most {found.checkpoints} at a time ({size(disk)}); {place}",
         "speed": f"{found.tokens_per_second:,.{0 if found.tokens_per_second >= 10 else 2}f} tokens/s",
-        "time": f"{machine.duration(found.seconds)} of training ({found.how})",
+        "time": f"{duration(found.seconds)} of training ({found.how})",
     }
     lines = [f"{name:14} {value}" for name, value in rows.items()]
     if found.available_bytes and needed > found.available_bytes:

@@ -93,26 +93,3 @@ def nvidia_driver() -> str | None:
         if word[0].isdigit() and "." in word:
             return word
     return "unknown" if Path("/dev/nvidia0").exists() else None
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 45 s, 3 min 20 s, 5 h 10 min, 12 days."""
-    whole = round(seconds)
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole / 86400:,.0f} days"

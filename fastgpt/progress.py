@@ -6,21 +6,7 @@ import sys
 from typing import Any
 
 from .train import Callback, Trainer
-
-
-def short_number(n: float) -> str:
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+from .units import duration, short_number
 
 
 class ConsoleProgress(Callback):

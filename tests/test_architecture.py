@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastgpt"
 # A module imports only from lines above its own; names on one line are independent of each other.
 # A package (ops, data, native, demo) counts as one name; inside it the files may import each other.
 LAYERS = [
-    {"errors", "config", "machine"},
+    {"errors", "config", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
     {"ops", "tokenizer"},
     {"model", "optim", "data"},
@@ -123,7 +123,7 @@ def test_every_exception_is_still_needed():
 
 
 def test_leaves_import_nothing_local():
-    for name in ("config", "errors", "machine"):
+    for name in ("config", "errors", "machine", "units"):
         assert not local_imports(PACKAGE / f"{name}.py")
 
 

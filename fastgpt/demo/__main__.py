@@ -17,8 +17,7 @@ from typing import Any, Optional
 
 from ..config import PrepareConfig, TrainConfig, _Config, _number
 from ..errors import UserError
-from ..machine import duration
-from ..progress import short_number
+from ..units import duration, short_number
 
 TIMED_STEPS = 20
 SIGNATURES = 64

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.syntax import Syntax
 from rich.text import Text
 
-from ..progress import duration, short_number
+from ..units import duration, short_number
 
 WIDTH = 96
 MARGIN = 11  # columns of a section's name

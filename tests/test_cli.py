@@ -1,0 +1,565 @@
+"""The command line: help without torch, refusals of one line, configuration by file and flag, and a run end to end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgpt import arguments, cli
+from fastgpt.config import ConfigError, DataConfig, ModelConfig, PrepareConfig, RopeScaling, TrainConfig
+from fastgpt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TINY = [
+    *("--model.n_layer", "1", "--model.n_embd", "32", "--model.n_head", "2", "--model.block_size", "32"),
+    *("--micro_batch_size", "2", "--batch_tokens", "128", "--precision", "float32"),
+    *("--optim.warmup_steps", "0", "--log_every", "1", "--eval.every", "0", "--checkpoint.every", "0"),
+]
+
+
+def run(*argv: str) -> int:
+    """`main` in this process: quicker than a new one."""
+    return cli.main([str(word) for word in argv])
+
+
+def start(*argv: object, **options) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT} | options
+    return subprocess.Popen([sys.executable, "-m", "fastgpt", *map(str, argv)], **options)
+
+
+def refusal(capsys, *argv: str) -> str:
+    """What a refused command says: exit code 2, one line on stderr, nothing on stdout."""
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastgpt: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix("fastgpt: error: ").strip()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- help ------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from fastgpt.cli import main; codes = [main([]), main(['--help']), main(['--version'])]\n"
+        "heavy = {'torch', 'numpy', 'tyro', 'rich'} & set(sys.modules); print(codes, sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0] []", done.stderr
+    seconds = []
+    for _ in range(5):  # the quickest, since other programs may be running
+        began = time.perf_counter()
+        assert start().wait() == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+
+
+def test_no_help_page_imports_torch():
+    commands = [name for name in cli.COMMANDS if name != "data verify"]
+    code = (
+        f"import sys; from fastgpt.cli import main; codes = [main([c, '--help']) for c in {commands}]\n"
+        "codes.append(main(['data', 'verify', '-h'])); print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == f"{[0] * len(cli.COMMANDS)} False", done.stderr
+    for words in ("--model.n_embd", "--prompt", "--vocab_size", "--json", "INPUT", "RUN", "DIR", "Rotary"):
+        assert words.lower() in done.stdout.lower()
+
+
+def test_the_help_lists_every_command(capsys):
+    assert run() == run("--help") == run("-h") == 0
+    out = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name}" in out
+    assert run("data") == 0
+    assert "verify DIR" in capsys.readouterr().out
+
+
+# ---- refusals ----------------------------------------------------------------------------------------
+
+REFUSED = {
+    # a typo
+    "trian": "there is no command 'trian'; did you mean `fastgpt train`?",
+    "data verfy x": "there is no command 'data verfy'; did you mean `fastgpt data verify`?",
+    "zzz": "there is no command 'zzz'; the commands are prepare, train",
+    "--verbose": "there is no command '--verbose'",
+    "train --model.n_embdd 3": "fastgpt train has no option --model.n_embdd; did you mean --model.n_embd?",
+    "train --n_embd 3": "has no option --n_embd; did you mean --model.n_embd?",
+    "train --n-hed=3": "has no option --n-hed; did you mean --model.n_head?",
+    "train --every 3": "did you mean --eval.every or --checkpoint.every?",
+    "train --zzzzzzzz": "has no option --zzzzzzzz; `fastgpt train --help` lists the options",
+    "train -x": "has no option -x; `fastgpt train --help`",
+    "train --optim.optimizer adam": "--optim.optimizer = 'adam': expected one of adamw, muon; did you mean 'adamw'?",
+    "train --preset gtp2": "--preset = 'gtp2': expected one of gpt2,",
+    "sample runs/x --temprature 1": "fastgpt sample has no option --temprature; did you mean --temperature?",
+    "prepare a.txt --vocabsize 300": "fastgpt prepare has no option --vocabsize; did you mean --vocab_size?",
+    "doctor --jsn": "fastgpt doctor has no option --jsn; did you mean --json?",
+    # a bad type
+    "train --model.n_embd x": "--model.n_embd = 'x': expected a whole number, at least 1",
+    "train --model.n_embd=1.5": "--model.n_embd = '1.5': expected a whole number, at least 1",
+    "train --optim.lr fast": "--optim.lr = 'fast': expected a finite number, at least 0",
+    "train --data.documents=maybe": "--data.documents = 'maybe': expected true or false",
+    "train --model.n_kv_head x": "--model.n_kv_head = 'x': expected a whole number, at least 1 (or nothing)",
+    # a bad range
+    "train --model.n_embd -3": "--model.n_embd = -3: expected a whole number, at least 1",
+    "train --optim.lr nan": "--optim.lr = nan: expected a finite number",
+    "train --optim.beta2=1": "expected a finite number, at least 0 and less than 1",
+    "sample runs/x --top_p 0": "--top_p = 0.0: expected a finite number, more than 0 and at most 1 (or nothing)",
+    "prepare a.txt --vocab_size 3": "--vocab_size = 3: expected a whole number, at least 257",
+    # several fields
+    "train --model.n_embd 770": "--model.n_embd = 770: expected a multiple of n_head (12), or head_dim given",
+    "train --model.n_kv_head 5": "--model.n_kv_head = 5: expected a divisor of n_head (12)",
+    "train --micro_batch_size 7": "a multiple of micro_batch_size * block_size (7 * 1024); the nearest is 523264",
+    "train --model.rope_scaling.kind llama3 --model.rope_scaling.high_freq_factor 1": "--model.rope_scaling.high_freq_",
+    # a value or a word too few or too many
+    "train --steps": "--steps needs a value: expected a whole number, at least 0",
+    "train --steps --seed 3": "--steps needs a value",
+    "train data": "fastgpt train does not know what 'data' is for",
+    "sample": "fastgpt sample needs RUN: the folder of a run",
+    "sample a b": "fastgpt sample does not know what 'b' is for",
+    "plot": "fastgpt plot needs the folder of a run",
+    "prepare": "fastgpt prepare needs files or folders to read",
+    "data verify": "fastgpt data verify needs DIR: the folder that `fastgpt prepare` wrote",
+    # something that is not there
+    "train --config missing.toml": "cannot read the configuration missing.toml: No such file or directory",
+    "prepare missing.txt": "missing.txt",
+    "sample missing": "missing does not exist; expected a run's folder",
+    "plot missing": "missing",
+    "data verify missing": "missing",
+    "train": "data",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refusals_are_one_line(line, capsys, here):
+    assert REFUSED[line] in refusal(capsys, *line.split())
+    assert not list(here.iterdir())
+
+
+def test_the_traceback_is_there_for_those_who_ask(monkeypatch, capsys):
+    monkeypatch.setenv("FASTGPT_DEBUG", "1")
+    assert run("train", "--model.n_embd", "x") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "\n"),
+        (BrokenPipeError(), 141, ""),
+        (PermissionError(13, "Permission denied", "runs/x"), 2, "fastgpt: error: runs/x: Permission denied\n"),
+        (UserError("first\n  second"), 2, "fastgpt: error: first second\n"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "torch is missing; pip install torch\n"),
+        (ModuleNotFoundError("No module named 'rich.x'", name="rich.x"), 2, "rich is missing; pip install rich\n"),
+        (SystemExit(0), 0, ""),
+    ],
+)
+def test_exit_codes(error, code, words, monkeypatch, capsys):
+    def fail(argv, prog):
+        raise error
+
+    monkeypatch.setattr(cli, "_silence", lambda stream: None)  # the stream is pytest's
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command(fail, "", ""))
+    assert run("doctor") == code
+    err = capsys.readouterr().err
+    assert err.endswith(words) if words else err == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("x", name="fastgpt.x"), SystemExit(3)])
+def test_what_is_no_fault_of_the_user_is_not_hidden(error, monkeypatch):
+    def fail(argv, prog):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command(fail, "", ""))
+    with pytest.raises(type(error)):
+        run("doctor")
+
+
+# ---- flags, files, presets ---------------------------------------------------------------------------
+
+
+def printed_config(capsys, *argv: str) -> TrainConfig:
+    assert run("train", *argv, "--print-config") == 0
+    return TrainConfig.from_toml(capsys.readouterr().out)
+
+
+def other_value(flag: arguments.Flag, default: object) -> tuple[str, object]:
+    """A value of this field that is not its default, as the user writes it and as the field holds it."""
+    if bool in flag.arms:
+        return str(not default).lower(), not default
+    choices = [a for a in getattr(flag.hint, "__args__", ()) if isinstance(a, str)]
+    if choices:
+        value = next(choice for choice in choices if choice != default)
+        return value, value
+    if flag.takes_many:
+        return "x", ("x",)
+    for kind in (float, int):
+        if kind.__name__ in str(flag.hint):
+            for text in ("0.75", "1.5") if kind is float else ("3", "300"):
+                with contextlib.suppress(ConfigError):
+                    flag.check(text)
+                    return text, kind(text)
+    return "some text", "some text"
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, cli.SampleConfig, RopeScaling])
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_every_field_is_a_flag(cls, hyphens):
+    """Spelled as the field or with hyphens; checked and converted as its class does."""
+    for name, flag in arguments.flags(cls).items():
+        section, _, field = name[2:].rpartition(".")
+        holder = cls()
+        for part in filter(None, section.split(".")):
+            holder = getattr(holder, part) if getattr(holder, part) is not None else RopeScaling()
+        text, value = other_value(flag, getattr(holder, field))
+        spelled = name.replace("_", "-") if hyphens else name
+        try:
+            (config,), _ = arguments.parse([spelled, text], [cls()], prog="x", description="")
+        except ValueError as error:  # right by itself, but not beside the other fields' defaults
+            assert any(w in str(error) for w in ("multiple", "divisor", "even whole")), name
+            continue
+        for part in filter(None, section.split(".")):
+            config = getattr(config, part)
+        assert getattr(config, field) == value, name
+
+
+def test_spellings_of_a_switch(capsys):
+    for words, expected in {
+        "--data.documents": True,
+        "--data.documents true": True,
+        "--data.documents=True": True,
+        "--data.documents false": False,
+        "--data.no-documents": False,
+        "--data.documents --data.no_documents": False,
+    }.items():
+        assert printed_config(capsys, *words.split()).data.documents is expected, words
+    assert printed_config(capsys, "--model.no_tied_embeddings").model.tied_embeddings is False
+
+
+def test_the_last_of_a_repeated_flag_counts_and_equals_binds(capsys):
+    config = printed_config(capsys, "--steps=5", "--steps", "6", "--out_dir=a=b --c", "--model.n_kv_head", "None")
+    assert (config.steps, config.out_dir, config.model.n_kv_head) == (6, "a=b --c", None)
+
+
+def test_a_nested_table_that_is_absent_by_default_has_flags_too(capsys):
+    assert printed_config(capsys).model.rope_scaling is None
+    assert printed_config(capsys, "--model.rope_scaling.factor", "2").model.rope_scaling == RopeScaling(factor=2.0)
+    scaled = printed_config(capsys, "--preset", "llama-1b", "--model.rope_scaling.factor", "2")
+    assert scaled.model.rope_scaling == RopeScaling(kind="llama3", factor=2.0)
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_print_config_and_config_are_inverse(suffix, capsys, here):
+    flags = [
+        "--preset",
+        "llama-8b",
+        "--model.window",
+        "0",
+        "--data.path",
+        'a "b" ü',
+        "--optim.lr",
+        "1e-3",
+        "--seed",
+        "7",
+    ]
+    config = printed_config(capsys, *flags)
+    assert config.model == ModelConfig.preset("llama-8b", window=0)
+    assert (config.data, config.optim.lr, config.seed) == (DataConfig(path='a "b" ü'), 1e-3, 7)
+    file = here / f"c.{suffix}"
+    file.write_text(getattr(config, f"to_{suffix}")(), encoding="utf-8")
+    assert printed_config(capsys, "--config", str(file)) == config
+    assert printed_config(capsys, "--config", str(file), "--steps", "3") == config.replace(steps=3)
+
+
+def test_prepare_takes_its_inputs_as_words_or_from_a_file(capsys, here):
+    (here / "p.toml").write_text('inputs = ["x.txt"]\nvocab_size = 300\n')
+
+    def printed(*argv):
+        assert run("prepare", *argv, "--print-config") == 0
+        return PrepareConfig.from_toml(capsys.readouterr().out)
+
+    assert printed("--config", "p.toml") == PrepareConfig(inputs=("x.txt",), vocab_size=300)
+    assert printed("a", "--out_dir", "o", "b") == PrepareConfig(inputs=("a", "b"), out_dir="o")
+    assert printed("--config", "p.toml", "a").inputs == ("a",)
+    assert printed("a", "--inputs", "b", "c", "--val_inputs", "v", "w").val_inputs == ("v", "w")
+    assert printed("a", "--inputs", "b", "c").inputs == ("a", "b", "c")
+
+
+def test_a_preset_and_a_file_may_not_both_give_the_model(capsys, here):
+    (here / "m.toml").write_text("[model]\nn_layer = 3\n")
+    (here / "o.toml").write_text("steps = 3\n")
+    assert "keep one of them" in refusal(capsys, "train", "--preset", "tiny", "--config", "m.toml")
+    config = printed_config(capsys, "--preset", "tiny", "--config", "o.toml")
+    assert config == TrainConfig(steps=3, model=ModelConfig.preset("tiny"))
+
+
+def test_the_vocabulary_follows_the_dataset_unless_given(capsys, here):
+    (here / "data").mkdir()
+    (here / "data" / "dataset.json").write_text(json.dumps({"vocab_size": 777}))
+    (here / "m.toml").write_text("[model]\nvocab_size = 555\n")
+    assert printed_config(capsys).model.vocab_size == 777
+    assert printed_config(capsys, "--preset", "tiny").model.vocab_size == 777
+    assert printed_config(capsys, "--model.vocab-size", "444").model.vocab_size == 444
+    assert printed_config(capsys, "--config", "m.toml").model.vocab_size == 555
+    assert printed_config(capsys, "--data.path", "elsewhere").model.vocab_size == ModelConfig().vocab_size
+    (here / "data" / "dataset.json").write_text('{"vocab_size": "many"}')
+    assert printed_config(capsys).model.vocab_size == ModelConfig().vocab_size
+
+
+def test_a_resumed_run_brings_its_own_configuration(capsys, here):
+    config = TrainConfig(steps=11, out_dir="runs/a", model=ModelConfig(n_layer=3, vocab_size=500))
+    step = here / "runs" / "a" / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    (here / "runs" / "a" / "config.toml").write_text(config.to_toml())
+    assert printed_config(capsys, "--resume", "runs/a") == config
+    assert printed_config(capsys, "--resume", str(step), "--steps", "12") == config.replace(steps=12)
+    assert printed_config(capsys, "--resume", "auto", "--out_dir", "runs/a") == config
+    assert printed_config(capsys, "--resume", "auto") == TrainConfig()  # runs/default is not there
+
+
+def test_what_tyro_prints_is_the_last_resort():
+    """Refusals are found before tyro sees them; should one slip through, its box becomes a line."""
+    box = "\x1b[31m╭─ Value error ───╮\x1b[0m\n│ Error parsing   │\n│ --x: too blue   │\n╰─────────────────╯\n"
+    assert arguments._reason(SystemExit(2), box) == "Value error Error parsing --x: too blue"
+
+
+# ---- dry run -------------------------------------------------------------------------------------------
+
+
+def test_dry_run_measures_and_writes_nothing(capsys, here):
+    assert run("train", *TINY, "--steps", "1000", "--dry-run", "--model.vocab_size", "100") == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines()}
+    expected = (100 + 32 + 12 * 32 + 13) * 32  # embeddings, positions, one block's matrices and vectors, ...
+    assert lines["parameters"] == f"{expected + 2 * 32:,}"  # ... and the last norm
+    assert "128,000 in 1,000 steps of 128 (no dataset in data yet)" in lines["tokens"]
+    assert "2 a step, 2 x 32 tokens" in lines["micro-batches"]
+    assert "(measured: " in lines["time"]
+    assert not list(here.iterdir())
+
+
+def test_dry_run_says_when_it_only_estimates(here):
+    from fastgpt.estimate import estimate, report
+
+    config = TrainConfig(model=ModelConfig.preset("llama-8b"))
+    found = estimate(config)
+    assert found.parameters == 8_030_261_248 and not found.timed
+    text = report(found, config)
+    assert "estimated, since " in text and "It does not fit" in text
+    # gpt2 has 124,439,808 parameters: fp32 weights, gradients and two moments, the vocabulary padded
+    small = estimate(TrainConfig(precision="float32"))
+    assert small.parameters == 124_439_808
+    assert small.state_bytes == 16 * (124_439_808 + 47 * 768)
+    assert small.checkpoint_bytes == 12 * (124_439_808 + 47 * 768)
+    assert small.tokens == 5000 * 524288
+
+
+# ---- from text to picture ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with prepared data and a trained run: texts/, data/, runs/a."""
+    folder = tmp_path_factory.mktemp("world")
+    draw = random.Random(0)
+    (folder / "texts").mkdir()
+    for i in range(20):
+        words = draw.choices(["the", "cat", "sat", "on", "a", "mat", "and", "then", "not", "ü"], k=300)
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(words), encoding="utf-8")
+    with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else _chdir(folder):
+        assert run("prepare", "texts", "--vocab_size", "300", "--val_fraction", "0.3", "--workers", "1") == 0
+        assert run("train", *TINY, "--steps", "5", "--out_dir", "runs/a") == 0
+    return folder
+
+
+@contextlib.contextmanager
+def _chdir(folder: Path):  # contextlib has it from Python 3.11
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def inside(world, monkeypatch) -> Path:
+    monkeypatch.chdir(world)
+    return world
+
+
+def test_a_run_leaves_what_it_should(inside):
+    assert {p.name for p in (inside / "runs/a").iterdir()} >= {
+        "config.toml",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "checkpoints",
+    }
+    config = TrainConfig.load(inside / "runs/a/config.toml")
+    vocab_size = json.loads((inside / "data/dataset.json").read_text())["vocab_size"]
+    assert config.model.vocab_size == vocab_size != ModelConfig().vocab_size
+    assert config.steps == 5
+    rows = [json.loads(line) for line in (inside / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_training_prints_plain_lines_where_there_is_no_terminal(inside, capsys, tmp_path):
+    assert run("train", *TINY, "--steps", "2", "--out_dir", str(tmp_path / "b")) == 0
+    out = capsys.readouterr().out
+    assert "step 2/2" in out and "\x1b" not in out and "\r" not in out
+
+
+def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
+    assert "runs/a" in refusal(capsys, "train", *TINY, "--out_dir", "runs/a")
+    held = tmp_path / "held"
+    held.mkdir()
+    with open(held / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is training in" in refusal(capsys, "train", *TINY, "--out_dir", str(held))
+
+
+def test_resuming_under_other_settings_needs_a_word(inside, capsys, tmp_path):
+    words = ["train", *TINY, "--out_dir", str(tmp_path / "r")]
+    assert run(*words, "--steps", "1") == 0
+    capsys.readouterr()
+    again = ["train", "--resume", "auto", "--out_dir", str(tmp_path / "r"), "--steps", "2"]
+    assert "steps: 1 -> 2; give --allow-changes" in refusal(capsys, *again)
+    assert run(*again, "--allow-changes") == 0
+    assert "done at step 2" in capsys.readouterr().out
+
+
+def test_dry_run_knows_the_dataset(inside, capsys):
+    assert run("train", *TINY, "--dry_run") == 0
+    tokens = json.loads((inside / "data/dataset.json").read_text())["splits"]["train"]["tokens"]
+    assert f"times the {tokens:,} in data" in capsys.readouterr().out
+
+
+def test_sample_continues_the_prompt(inside, capsys, monkeypatch):
+    def sampled(*options: str) -> str:
+        assert run("sample", "runs/a", *options) == 0
+        return capsys.readouterr().out
+
+    text = sampled("--prompt", "the cat", "--tokens", "20", "--seed", "3")
+    assert text.startswith("the cat") and len(text) > len("the cat\n")
+    assert text == sampled("--prompt", "the cat", "--tokens", "20", "--seed", "3")
+    assert text != sampled("--prompt", "the cat", "--tokens", "20", "--seed", "4")
+    greedy = sampled("--prompt", "the", "--tokens", "3", "--temperature", "0", "--top_k", "5", "--top_p", "0.9")
+    assert greedy == sampled("--prompt", "the", "--tokens", "3", "--temperature", "0")
+    two = sampled("--prompt", "a", "--n", "2", "--tokens", "4").split("---- sample ")
+    assert two[1].startswith("1 of 2 ----\na") and two[2].startswith("2 of 2 ----\na")
+    assert sampled("--tokens", "1").endswith("\n")  # without a prompt a document begins
+    with open(inside / "prompt.txt", "w+") as prompt:
+        prompt.write("on a mat")
+        prompt.seek(0)
+        monkeypatch.setattr(sys, "stdin", prompt)
+        assert sampled("--prompt", "-", "--tokens", "1").startswith("on a mat")
+
+
+def test_sample_shows_a_character_when_it_is_whole(inside, capsys, monkeypatch):
+    """ü is two bytes and may be two tokens: nothing but ü may ever be shown."""
+    from fastgpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(inside / "runs/a/tokenizer.json")
+    ids = [i for byte in "üa€".encode() for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte])]
+    assert len(ids) == 6
+
+    def scripted(self, idx, max_new_tokens, *, on_token, **options):
+        for i in ids:
+            on_token(__import__("torch").tensor([i]))
+
+    monkeypatch.setattr("fastgpt.model.GPT.generate", scripted)
+    shown = []
+    monkeypatch.setattr(cli, "_print", lambda text: shown.append(text) or 0)
+    assert run("sample", "runs/a", "--prompt", "x") == 0
+    assert shown == ["x", "", "ü", "a", "", "", "€", "\n"]
+
+
+def test_plot_draws_one_run_and_several(inside, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run("plot", "runs/a") == 0
+    assert capsys.readouterr().out == "runs/a/loss.png\n"
+    png = (inside / "runs/a/loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert run("plot", "runs/a", "runs/a", "--out", str(tmp_path / "both.png")) == 0
+    both = (tmp_path / "both.png").read_bytes()
+    assert both.startswith(b"\x89PNG") and both != png
+
+
+def test_verify_names_shard_and_block(inside, capsys, tmp_path):
+    assert run("data", "verify", "data") == 0
+    assert capsys.readouterr().out == "data: every block is intact\n"
+    for file in (inside / "data").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = next(tmp_path.glob("train*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run("data", "verify", str(tmp_path)) == 1
+    out = capsys.readouterr().out
+    assert shard.name in out and "block 0" in out and "1 problem" in out
+
+
+# ---- real processes -----------------------------------------------------------------------------------------
+
+
+def test_a_closed_pipe_ends_a_command_quietly(here):
+    read, write = os.pipe()
+    os.close(read)
+    process = start("train", "--print-config", stdout=write)
+    os.close(write)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+def test_training_survives_a_closed_pipe(inside, tmp_path):
+    """As in `fastgpt train | head`: the reader goes, the run goes on to its end."""
+    read, write = os.pipe()
+    os.close(read)
+    process = start("train", *TINY, "--steps", "3", "--out_dir", tmp_path / "r", stdout=write, cwd=inside)
+    os.close(write)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    assert (tmp_path / "r/checkpoints/step-00000003/state.json").is_file()
+
+
+def test_a_signal_saves_and_resume_goes_on(inside, capsys, tmp_path):
+    words = ["train", *TINY, "--steps", "1000000", "--out_dir", str(tmp_path / "r")]
+    process = start(*words, cwd=inside)
+    while "step 3/" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 75 and err == ""
+    step = int(out.partition("interrupted at step ")[2].split()[0])
+    assert run(*words[:-4], "--steps", str(step + 1), *words[-2:], "--resume", "auto", "--allow_changes") == 0
+    assert f"resumed at step {step}" in capsys.readouterr().out
+
+
+def test_dataclass_options_have_help():
+    """Every option explains itself: a docstring under the field."""
+    import inspect
+
+    for cls in (cli.PrepareOptions, cli.TrainOptions, cli.SampleConfig, cli.PlotConfig, cli.DoctorConfig):
+        source = inspect.getsource(cls)
+        for f in dataclasses.fields(cls):
+            after = source.partition(f"    {f.name}: ")[2].splitlines()[1]
+            assert after.strip().startswith('"""'), f"{cls.__name__}.{f.name}"
