@@ -1,0 +1,271 @@
+"""The doctor: what it finds, and that every problem comes with its remedy."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastgpt import cli, doctor, machine, units
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def problems() -> dict[str, dict]:
+    """What `examine` complains of, by its words."""
+    return {problem["what"]: problem for problem in doctor.examine()["problems"]}
+
+
+def only(found: dict[str, dict], part: str) -> dict:
+    matching = [problem for what, problem in found.items() if part in what]
+    assert len(matching) == 1, found
+    return matching[0]
+
+
+@pytest.fixture(autouse=True)
+def healthy(monkeypatch):
+    """A machine on which the doctor finds nothing, so that a test sees its own problem alone."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("FASTGPT_REQUIRE_KERNELS", raising=False)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 8 << 30))
+    monkeypatch.setattr(machine, "disk_free", lambda path=".": 100 << 30)
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: None)
+
+
+# ---- what it says ----------------------------------------------------------------------------------
+
+
+def test_a_healthy_machine(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("No problems found.\n")
+    import torch
+
+    for words in (torch.__version__, "threads", "8.0 GiB free of 16.0 GiB", "Python    3."):
+        assert words in out, words
+    assert max(map(len, out.splitlines())) < 200
+
+
+def test_every_op_is_listed_with_its_reason(capsys):
+    from fastgpt import native
+
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    rows = native.status()
+    assert len(rows) > 10
+    for row in rows:
+        line = next(line for line in out.splitlines() if line.split()[:1] == [row["op"]])
+        assert row["implementation"] in line and row["reason"] in line
+
+
+def test_json_has_everything_that_the_page_has(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["problems"] == []
+    assert {"fastgpt", "python", "system", "torch", "packages", "cpu", "memory", "disk", "gpu", "ops"} <= facts.keys()
+    assert facts["cpu"]["cores"] >= 1 and isinstance(facts["cpu"]["features"], list)
+    assert facts["torch"]["threads"] >= 1 and facts["torch"]["cxx11_abi"] in (True, False)
+    assert doctor.report(facts)  # the page is made of the JSON alone
+
+
+# ---- what it finds -----------------------------------------------------------------------------------
+
+REAL_VERSION = doctor._version
+
+
+def without(monkeypatch, package: str) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == package else REAL_VERSION(name))
+
+
+def test_torch_missing(monkeypatch, capsys):
+    without(monkeypatch, "torch")
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "error: torch is not installed" in out and "mend: pip install torch" in out
+
+
+def test_torch_broken(monkeypatch):
+    real = importlib.import_module
+
+    def broken(name, *rest):
+        if name == "torch":
+            raise OSError("libtorch_cpu.so: undefined symbol: foo\nmore")
+        return real(name, *rest)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    found = only(problems(), "does not load: libtorch_cpu.so: undefined symbol: foo")
+    assert found["fatal"] and "reinstall" in found["remedy"]
+
+
+def test_torch_too_old(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "__version__", "2.3.1+cpu")
+    found = only(problems(), "torch 2.3.1+cpu is too old")
+    assert found["fatal"] and "torch>=2.11" in found["remedy"]
+
+
+@pytest.mark.parametrize("package", doctor.REQUIRED)
+def test_a_required_package_missing(package, monkeypatch):
+    without(monkeypatch, package)
+    found = only(problems(), f"{package} is not installed")
+    assert found["fatal"] and found["remedy"] == f"pip install {package.replace('_', '-')}"
+
+
+def test_an_optional_package_missing_is_no_problem(monkeypatch, capsys):
+    without(monkeypatch, "pyarrow")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not installed: pyarrow (reads .parquet)" in out and "No problems" in out
+
+
+def test_a_gpu_that_this_torch_cannot_use(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: "550.54.14")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = only(problems(), "built for CPUs only")
+    assert not found["fatal"] and "built for CUDA" in found["remedy"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = only(problems(), "cannot use the NVIDIA driver 550.54.14")
+    assert "update the driver" in found["remedy"]
+
+
+def test_gpus_are_named(monkeypatch):
+    import torch
+
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    facts = doctor.examine()
+    assert [d["capability"] for d in facts["gpu"]["devices"]] == ["9.0", "9.0"]
+    assert doctor.report(facts).count("NVIDIA H200, compute capability 9.0, 139.0 GiB") == 2
+
+
+def test_too_many_threads_for_the_container(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.0)
+    assert only(problems(), "8 threads, but the container grants 2 cores")["remedy"] == "export OMP_NUM_THREADS=2"
+
+
+def test_idle_cores(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    assert only(problems(), "leaves most of the 8 cores idle")["remedy"] == "unset OMP_NUM_THREADS"
+
+
+def test_little_memory_and_disk(monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 100 << 20))
+    monkeypatch.setattr(machine, "disk_free", lambda path=".": 5 << 20)
+    found = problems()
+    assert len(found) == 2
+    assert only(found, "100.0 MiB of memory") and only(found, "5.0 MiB are free on the disk")
+
+
+def test_kernels_required_but_missing(monkeypatch):
+    from fastgpt import native
+
+    rows = [{"op": "gelu", "implementation": "reference", "reason": "no CUDA device"}]
+    monkeypatch.setattr(native, "status", lambda: rows)
+    assert not problems()
+    monkeypatch.setenv("FASTGPT_REQUIRE_KERNELS", "1")
+    assert "unset it" in only(problems(), "FASTGPT_REQUIRE_KERNELS=1")["remedy"]
+    rows[0]["implementation"] = "kernel"
+    assert not problems()
+
+
+def test_a_broken_native_part_does_not_break_the_doctor(monkeypatch, capsys):
+    from fastgpt import native
+
+    monkeypatch.setattr(native, "status", lambda: 1 / 0)
+    assert cli.main(["doctor"]) == 1
+    assert "error: the ops cannot be listed: division by zero" in capsys.readouterr().out
+
+
+def test_it_runs_where_torch_cannot_be_imported(tmp_path):
+    """The doctor is called when something is broken: a torch that fails to load, in a real process."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgpt", "doctor"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    assert "does not load: libcudart.so.12: cannot open shared object" in done.stdout
+
+
+# ---- the machine --------------------------------------------------------------------------------------
+
+
+def fake_files(monkeypatch, **files: str) -> None:
+    by_path = {name.replace("__", "/"): text for name, text in files.items()}
+    monkeypatch.setattr(machine, "_read", lambda path: by_path.get(path, ""))
+
+
+def test_cpu_features_and_name_are_read_from_the_system(monkeypatch):
+    text = (
+        "processor : 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile amx_bf16 x\n"
+    )
+    fake_files(monkeypatch, **{"/proc/cpuinfo": text})
+    assert machine.cpu_name() == "Some CPU @ 2 GHz"
+    assert machine.cpu_features() == ["avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
+    fake_files(monkeypatch)
+    assert machine.cpu_features() == [] and machine.cpu_name()
+
+
+def test_a_containers_limits_count(monkeypatch):
+    monkeypatch.undo()
+    info = "MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:  800 kB\n"
+    fake_files(monkeypatch, **{"/proc/meminfo": info})
+    assert machine.memory() == (1_024_000, 819_200) and machine.cpu_quota() is None
+    limits = {"/sys/fs/cgroup/memory.max": "500000\n", "/sys/fs/cgroup/memory.current": "100000\n"}
+    fake_files(monkeypatch, **{"/proc/meminfo": info, **limits, "/sys/fs/cgroup/cpu.max": "150000 100000\n"})
+    assert machine.memory() == (500_000, 400_000) and machine.cpu_quota() == 1.5
+    unlimited = {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}
+    fake_files(monkeypatch, **{"/proc/meminfo": info, **unlimited})
+    assert machine.memory() == (1_024_000, 819_200) and machine.cpu_quota() is None
+
+
+def test_the_driver_is_read_from_the_system(monkeypatch):
+    monkeypatch.undo()
+    first = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version: 12\n"
+    fake_files(monkeypatch, **{"/proc/driver/nvidia/version": first})
+    assert machine.nvidia_driver() == "550.54.14"
+
+
+def test_free_space_is_found_for_a_folder_that_is_not_there_yet(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    assert machine.disk_free(tmp_path / "a" / "b") > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.size(0), "0 B"),
+        (units.size(1023), "1023 B"),
+        (units.size(1536), "1.5 KiB"),
+        (units.size(3 << 30), "3.0 GiB"),
+        (units.size(5 << 42), "20.0 TiB"),
+        (units.duration(75), "1:15"),
+        (units.duration(3675), "1:01:15"),
+        (units.duration(12 * 86400), "12 days"),
+        (units.short_number(1_234_567), "1.23M"),
+        (units.short_number(999), "999"),
+    ],
+)
+def test_numbers_for_people(text, expected):
+    assert text == expected
