@@ -83,6 +83,16 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # the library's own name for what the disk said
+        raise OSError(str(error)) from None
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -92,8 +102,6 @@ def save(
 ) -> Path:
     """Write runs/NAME/checkpoints/step-N and return its path. Raises OSError where the disk refuses; what was
     there before is then untouched, and no temporary folder is left."""
-    from safetensors.torch import save_file
-
     root = Path(run_dir) / CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
     final = root / folder_name(step)
@@ -103,8 +111,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     try:
         temporary.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / MODEL)
-        save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()}, temporary / OPTIMIZER)
+        _write_tensors(weights, temporary / MODEL)
+        _write_tensors(optimizer, temporary / OPTIMIZER)
         for name in (MODEL, OPTIMIZER):
             sync(temporary / name)
         state = {

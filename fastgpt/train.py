@@ -147,7 +147,8 @@ class Trainer:
         tells which of the two it was. Raises UserError after max_bad_steps steps in a row without a finite loss
         and gradient, or where checkpoints cannot be written."""
         config, progress = self.config, self.progress
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock.closed:
+            self._lock = _lock_folder(self.run_dir)
         write_atomically(self.run_dir / "config.toml", config.to_toml())
         self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
         self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step)
@@ -174,6 +175,7 @@ class Trainer:
         finally:
             restore_handlers()
             self.log.close()
+            self._lock.close()
         return progress
 
     @property
@@ -190,13 +192,14 @@ class Trainer:
         micro_batches = [self.batches.batch(first + i) for i in range(0, per_step, config.micro_batch_size)]
         # one divisor for the whole step: a mean of the micro-batches' means would weigh their tokens unequally
         targets = max(1, sum(batch.n_targets for batch in micro_batches))
-        loss = torch.zeros((), device=self.device)
+        parts = []
         for number, batch in enumerate(micro_batches):
             if config.model.dropout:
                 torch.manual_seed((config.seed * 1_000_003 + step * config.accumulation + number) % 2**63)
             part = self._loss(batch, targets)
             part.backward()
-            loss += part.detach()
+            parts.append(part.detach())
+        loss = torch.stack(parts).sum()
 
         scale = learning_rate_scale(step, config.steps, config.optim)
         for group in self.optimizer.param_groups:

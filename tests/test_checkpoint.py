@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -137,21 +136,31 @@ def test_a_pickle_is_refused_and_never_runs(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def in_a_child(action) -> int:
+    """Run `action` in a forked child (no threads are needed to save) and return its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     """A real one: the process may not write files larger than a few kilobytes."""
-    write(tmp_path, 1)
-    script = f"""
-        import resource, signal
-        from tests.test_checkpoint import write
+    model, optimizer = trained()
+    write(tmp_path, 1, model, optimizer)
+
+    def save_on_a_full_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            write({str(tmp_path)!r}, 2)
-        except OSError as error:
-            print("refused:", error.strerror)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert done.stdout.startswith("refused:"), done.stdout + done.stderr
+            write(tmp_path, 2, model, optimizer)
+        except OSError:
+            os._exit(28)
+
+    assert os.waitstatus_to_exitcode(in_a_child(save_on_a_full_disk)) == 28
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert ckpt.latest(tmp_path).state["step"] == 1
 
@@ -194,48 +203,44 @@ def test_a_checkpoint_that_cannot_be_deleted_is_only_warned_of(tmp_path, monkeyp
     assert [p.name for p in ckpt.steps_on_disk(tmp_path)] == ["step-00000002"]
 
 
-KILLED_WHILE_SAVING = """
-    import os, signal, sys
-    from tests.test_checkpoint import ckpt, write
-
-    calls = 0
-    def counted(original):
-        def call(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls == int(sys.argv[2]):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-        return call
-    # every system call through which a save reaches the disk, in the order in which they happen
-    ckpt.os.fsync = counted(os.fsync)
-    ckpt.os.replace = counted(os.replace)
-    ckpt.os.mkdir = counted(os.mkdir)
-    write(sys.argv[1], 2)
-    print("calls:", calls)
-"""
-
-
 def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint(tmp_path):
-    """A real SIGKILL before each call that touches the disk."""
-    write(tmp_path / "run", 1)
+    """A real SIGKILL before each call through which a save reaches the disk, in the order in which they happen."""
+    model, optimizer = trained()
+    write(tmp_path / "run", 1, model, optimizer)
 
-    def killed_at(call: int) -> subprocess.CompletedProcess:
+    def save_until(call: int) -> int:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        command = [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_SAVING), str(tmp_path / "copy"), str(call)]
-        return subprocess.run(command, capture_output=True, text=True)
 
-    whole = killed_at(10**6)
-    calls = int(whole.stdout.split()[-1])
-    assert calls >= 6, whole.stdout + whole.stderr
+        def save():
+            made = 0
+
+            def counted(original):
+                def wrapped(*args, **kwargs):
+                    nonlocal made
+                    made += 1
+                    if made == call:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*args, **kwargs)
+
+                return wrapped
+
+            os.fsync, os.replace, os.mkdir = counted(os.fsync), counted(os.replace), counted(os.mkdir)
+            write(tmp_path / "copy", 2, model, optimizer)
+            os._exit(made)
+
+        return os.waitstatus_to_exitcode(in_a_child(save))
+
+    calls = save_until(call=10**6)
+    assert calls >= 6
     assert ckpt.latest(tmp_path / "copy").state["step"] == 2
-    for call in (1, calls // 2, calls - 1, calls):
-        assert killed_at(call).returncode == -signal.SIGKILL
+    for call in range(1, calls + 1):
+        assert save_until(call) == -signal.SIGKILL
         found = ckpt.latest(tmp_path / "copy", pytest.fail)
-        assert found.state["step"] == (2 if call == calls else 1)
-        if found.state["step"] == 1:
-            write(tmp_path / "copy", 2)  # and saving the same step again works
+        renamed = found.state["step"] == 2
+        assert not renamed or call == calls, "only the last sync comes after the rename"
+        if not renamed:
+            write(tmp_path / "copy", 2, model, optimizer)  # and saving the same step again works
         assert ckpt.latest(tmp_path / "copy", pytest.fail).state["step"] == 2
         leftovers = [p.name for p in (tmp_path / "copy" / "checkpoints").iterdir() if not p.name.startswith("step-")]
         assert leftovers == []

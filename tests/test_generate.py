@@ -63,7 +63,10 @@ def test_the_prompt_is_not_written_to_and_the_mode_is_left():
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
-    kept = lambda **o: sampling_probabilities(logits, **o)[0].gt(0).tolist()
+
+    def kept(**options):
+        return sampling_probabilities(logits, **options)[0].gt(0).tolist()
+
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_p=0.5) == [True, False, False, False]
     assert kept(top_p=0.6) == [True, True, False, False]

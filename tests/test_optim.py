@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tests.rule import assert_within_rule, randn
 SHAPES = ((7, 5), (3,), (16, 16), (1,))
 
 
-def train(optimizer_class, dtype=torch.float64, steps=100, params=None, scheduler=None, **options) -> list[torch.Tensor]:
+def train(
+    optimizer_class, dtype=torch.float64, steps=100, params=None, scheduler=None, **options
+) -> list[torch.Tensor]:
     """Parameters after `steps` updates with gradients that depend on the parameters and on the step."""
     params = params or [nn.Parameter(randn(*s, seed=i).to(dtype)) for i, s in enumerate(SHAPES)]
     optimizer = optimizer_class(params, **options)
@@ -241,8 +244,8 @@ def test_schedules_warm_up_and_end_where_they_say():
         config = OptimConfig(schedule=schedule, warmup_steps=10, min_lr_fraction=0.1, decay_fraction=0.25)
         scale = [learning_rate_scale(s, 100, config) for s in range(100)]
         assert scale[0] == pytest.approx(1 / 11) and scale[10] == 1.0
-        assert all(a < b for a, b in zip(scale[:10], scale[1:11], strict=True))
-        assert all(a >= b for a, b in zip(scale[10:], scale[11:], strict=False))
+        assert all(a < b for a, b in pairwise(scale[:11]))
+        assert all(a >= b for a, b in pairwise(scale[10:]))
         assert scale[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert learning_rate_scale(74, 100, OptimConfig(schedule="wsd", warmup_steps=10, decay_fraction=0.25)) == 1.0
     middle = learning_rate_scale(54, 100, OptimConfig(warmup_steps=9, min_lr_fraction=0.0))
