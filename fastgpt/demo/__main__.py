@@ -223,11 +223,12 @@ class Demo:
         if trainer.interrupted:
             self.stopped_at = progress.step
             return False
-        self.model, self.rungs = trainer.model, watch.rungs
+        self.model, self.rungs, self.trained = trainer.model, watch.rungs, progress.seconds
         self.screen.line(
             "trained",
             f"{progress.step:,} steps in {progress.seconds:.0f} s (planned: {self.expected:.0f} s), "
-            f"{short_number(progress.step * self.train_config.batch_tokens / progress.seconds)} tokens/s",
+            f"{short_number(progress.step * self.train_config.batch_tokens / progress.seconds)} tokens/s; "
+            f"{len(self.rungs) - 1} pauses to evaluate and sample, {watch.paused:.0f} s",
         )
         return True
 
@@ -318,7 +319,9 @@ class Demo:
         screen, command = self.screen, program()
         screen.print()
         screen.line("kept", f"{self.folder}: text, tokenizer, shards, checkpoint, metrics, samples.txt, loss.png")
-        screen.line("took", duration(time.monotonic() - self.began))
+        screen.line(
+            "took", f"{duration(time.monotonic() - self.began)} minutes, {duration(self.trained)} of them training"
+        )
         screen.print()
         screen.command("next", f"{command} sample {self.folder} --prompt {shlex.quote(self.watched.strip())}")
         screen.command("", f"{command} plot {self.folder}")
@@ -338,6 +341,7 @@ class Watch:
         settings = demo.settings
         self.times = [share * demo.seconds for share in settings.sample_at if share * demo.seconds < demo.expected]
         self.rungs: list[dict[str, Any]] = []
+        self.paused = 0.0  # seconds spent evaluating and sampling
 
     def on_start(self, trainer: Any) -> None:
         from .screen import TrainingBar
@@ -361,6 +365,7 @@ class Watch:
 
     def pause(self, trainer: Any, at: float) -> None:
         """Evaluate the whole held-out split, and show what the model writes now."""
+        began = time.monotonic()
         self.bar.note("evaluating (this does not count as training time)")
         result = trainer.evaluate(should_stop=lambda: trainer.interrupted)
         if not result.complete:
@@ -376,6 +381,7 @@ class Watch:
             }
         )
         self.show(trainer, at, result.bits_per_byte)
+        self.paused += time.monotonic() - began
 
     def show(self, trainer: Any, at: float, bits_per_byte: float) -> None:
         from .completions import complete, function_body

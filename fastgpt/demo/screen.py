@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn
@@ -91,21 +91,17 @@ class Screen:
 
     def code(self, source: str, lines: int, lexer: str) -> None:
         """The first `lines` lines of a completion, highlighted, with a rule at their left."""
-        shown = source.rstrip("\n").split("\n")
-        more = len(shown) > lines
+        shown = [line.rstrip() for line in source.expandtabs(4).rstrip().split("\n")]
+        shown = [line for n, line in enumerate(shown) if line or (n and shown[n - 1])]  # one blank line at a time
         text = "\n".join(shown[:lines])
-        width = self.console.width - MARGIN - 2
+        highlighted = Text(text)
         if self.live_output:
-            syntax = Syntax(text, lexer, theme="ansi_dark", background_color="default", word_wrap=False)
-            highlighted = syntax.highlight(text)
+            highlighted = Syntax(text, lexer, theme="ansi_dark", background_color="default").highlight(text)
             highlighted.rstrip()
-        else:
-            highlighted = Text(text)
-        for line in highlighted.split("\n"):
-            line.truncate(width, overflow="ellipsis")
-            self.console.print(Text.assemble((" " * MARGIN + "│ ", MUTED), line), overflow="crop", no_wrap=True)
-        if more:
-            self.console.print(Text(" " * MARGIN + "│ ...", style=MUTED))
+        rows = list(highlighted.split("\n")) + [Text("...", style=MUTED)] * (len(shown) > lines)
+        for row in rows:
+            row.truncate(self.console.width - MARGIN - 2, overflow="ellipsis")
+            self.console.print(Text.assemble((" " * MARGIN + "│", MUTED), " " if row else "", row), no_wrap=True)
 
     def ladder(self, rungs: Sequence[tuple[str, float, bool]]) -> None:
         """(name, value, whether it is ours), drawn as bars from the worst to the best."""
@@ -179,7 +175,7 @@ class Redrawn:
 
     def __init__(self, screen: Screen):
         self.screen = screen
-        self.live = Live(console=screen.console, refresh_per_second=5, transient=False) if screen.live_output else None
+        self.live = Live(console=screen.console, auto_refresh=False, transient=True) if screen.live_output else None
         self.last: Sequence[Text] = ()
 
     def __enter__(self) -> Redrawn:
@@ -190,13 +186,10 @@ class Redrawn:
     def show(self, lines: Sequence[Text]) -> None:
         self.last = lines
         if self.live is not None:
-            self.live.update(self._body(), refresh=True)
+            self.live.update(Padding(Group(*lines), (0, 0, 0, MARGIN)), refresh=True)
 
     def __exit__(self, *error: Any) -> None:
         if self.live is not None:
             self.live.stop()
-        elif self.last:
-            self.screen.console.print(self._body())
-
-    def _body(self) -> RenderableType:
-        return Padding(Group(*self.last), (0, 0, 0, MARGIN))
+        for line in self.last:
+            self.screen.line("", line)
