@@ -72,18 +72,25 @@ def _normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (y if weight is None else y * weight).to(x.dtype)
 
 
+# Up to here float32 norms by torch.linalg.vector_norm, which adds up in a few lanes, are as good as a mean of squares.
+_NARROW = 4096
+
+
 class _OnCpu(torch.autograd.Function):
     """The same, in half the passes over memory that autograd derives from `_normalise`.
 
     LayerNorm's backward kernel, told that the mean was 0, gives all of dx but that it also takes out the row's mean of
-    g * s, which is added back; and it gives the weight's gradient on the way.
+    d_y * weight, which is added back. Its gradient of the weight is left: it is one long sum, less exact than ours.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         wide = x.contiguous().to(accumulator(x.dtype))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
+        if x.shape[-1] <= _NARROW:
+            mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        else:
+            mean_square = wide.square().mean(-1, keepdim=True)
+        scale = mean_square.add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
         y = wide * scale
@@ -97,13 +104,17 @@ class _OnCpu(torch.autograd.Function):
             inputs = [t for t, needed in ((x, need_x), (weight, need_weight)) if needed]
             found = iter(torch.autograd.grad(_normalise(x, weight, ctx.eps), inputs, d_y, create_graph=True))
             return next(found) if need_x else None, next(found) if need_weight else None, None
+        C = x.shape[-1]
         wide = x.contiguous().to(scale.dtype)
         d_y = d_y.contiguous().to(scale.dtype)
-        gamma = None if weight is None else weight.to(scale.dtype)
-        d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            d_y, wide, x.shape[-1:], torch.zeros_like(scale), scale, gamma, None, [need_x, need_weight, False]
-        )
+        d_x = d_weight = None
         if need_x:
-            row_mean = d_y.mean(-1, keepdim=True) if gamma is None else (d_y @ gamma).unsqueeze(-1).div_(x.shape[-1])
-            d_x = d_x.add_(row_mean.mul_(scale)).to(x.dtype)
-        return d_x, d_weight.to(weight.dtype) if need_weight else None, None
+            gamma = None if weight is None else weight.contiguous().to(scale.dtype)
+            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                d_y, wide, (C,), torch.zeros_like(scale), scale, gamma, None, (True, False, False)
+            )
+            taken_out = d_y.mean(-1, keepdim=True) if gamma is None else (d_y @ gamma).unsqueeze(-1).div_(C)
+            d_x = d_x.add_(taken_out.mul_(scale)).to(x.dtype)
+        if need_weight:
+            d_weight = (d_y * wide).mul_(scale).view(-1, C).sum(0).to(weight.dtype)
+        return d_x, d_weight, None
