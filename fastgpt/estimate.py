@@ -84,7 +84,7 @@ def activation_bytes(model: ModelConfig, tokens: int, precision: str) -> int:
     attention and nonlinearity, and once the embedding and the final norm. The loss works in chunks of its own."""
     c = model.resolved()
     heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-    ffn = c.ffn_width * (3 if c.activation == "swiglu" else 2)
+    ffn = c.ffn_width * (4 if c.activation == "swiglu" else 2)  # gate, up, silu(gate), product; or up, product
     per_token = c.n_layer * (6 * c.n_embd + 2 * heads + c.n_head * c.head_dim + ffn) + 3 * c.n_embd
     return per_token * tokens * (2 if precision.startswith("bfloat16") else 4)
 
