@@ -31,7 +31,7 @@ Which formulation runs where kernels do not (all of them differentiable twice, e
     plain        `reference`: a softmax over the whole (Tq, Tk) matrix in fp32 or fp64; for softcap, LSE, torch.func.
     by blocks    `_BlockedAttention`: on a CPU, for all else but lengths. In bf16 it rounds S and P to bf16, as torch's
                  own matmul, softmax, matmul does.
-    torch's      `F.scaled_dot_product_attention`: under torch.compile, on other devices, for lengths, in fp16.
+    torch's      `F.scaled_dot_product_attention`: under torch.compile, on other devices, and for lengths.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def attention(
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if softcap is not None or return_lse or contract.transformed():
         return reference(q, k, v, scale=scale, softcap=softcap, return_lse=return_lse, **masks)
-    by_blocks = q.device.type == "cpu" and kv_lengths is None and q.dtype != torch.float16
-    if by_blocks and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and kv_lengths is None and not torch.compiler.is_compiling():
         return _by_blocks(q, k, v, scale, causal, window, doc_start, doc_end)
     return _by_torch(q, k, v, scale, **masks)
 

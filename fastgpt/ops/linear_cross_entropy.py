@@ -18,8 +18,8 @@ Contract
     vocab_size     rows of weight (and bias) from here on are padding: no logit, zero gradient. V when not given.
     token_weights  (...) floating, not differentiated: multiplies the loss of each token; "mean" then divides by the
                    sum of the weights that count instead of their number.
-    chunk_bytes    how much memory a chunk's logits may take in fp32; a chunk never has fewer than MIN_ROWS rows, below
-                   which GEMMs waste the machine. By device when not given.
+    chunk_bytes    how much memory a chunk's logits may take in fp32; a chunk never has fewer than MIN_ROWS rows, nor
+                   fewer than C up to ENOUGH_ROWS, below which the machine is wasted. By device when not given.
     returns        fp32 (fp64 for fp64) in nats: a scalar, or (...) for reduction "none".
     ValueError     where a shape, dtype, device or option is otherwise; the same on every device.
     In bf16 and fp16 the logits are rounded to that type by their GEMM, the softmax is in fp32, its gradient is rounded
@@ -42,10 +42,12 @@ from fastgpt.ops import contract
 from fastgpt.ops.cross_entropy import check_options, check_targets
 from fastgpt.ops.cross_entropy import reference as cross_entropy_reference
 
-# A chunk of logits that stays near the cores: on a 2-core CPU with 32 MiB of L3, at V = 4096 and at V = 50304, the
-# fastest of 2, 4, 8, 16, 32 MiB. On a GPU a few thousand rows fill the machine at any V.
+# On a CPU a chunk of logits that stays in its cache: with 32 MiB of it, 2 to 8 MiB were alike and 32 a fifth slower. On
+# a GPU a few thousand rows fill the machine at any V.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 MIN_ROWS = 256
+# With fewer rows than C, adding a chunk to dW (V, C) moves more memory than its logits do; from here on it is bearable.
+ENOUGH_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def linear_cross_entropy(
         )
     vocab_size = V if vocab_size is None else vocab_size
     budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
-    rows = max(MIN_ROWS, budget // (vocab_size * contract.accumulator(x.dtype).itemsize))
+    rows = max(MIN_ROWS, min(x.shape[-1], ENOUGH_ROWS), budget // (vocab_size * contract.accumulator(x.dtype).itemsize))
     options = _Options(ignore_index, reduction, label_smoothing, z_loss, softcap, vocab_size, rows)
     weights = None if token_weights is None else token_weights.reshape(-1)
     arguments = x.reshape(-1, x.shape[-1]), weight, bias, targets.reshape(-1), weights
@@ -190,7 +192,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found = []
         for parameter, gradient in zip((x, weight, bias), gradients, strict=True):
             if gradient is not None:
-                gradient = (gradient if factor is None else gradient * factor).to(parameter.dtype)
+                scaled = torch.empty_like(parameter)
+                gradient = torch.mul(gradient, 1.0 if factor is None else factor, out=scaled)  # one pass, one rounding
             found.append(gradient)
         return *found, None, None, None
 
@@ -223,14 +226,18 @@ def _by_chunks(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Losses (N,) of the rows, unweighted, and the gradients of their weighted sum that are needed.
 
-    The gradient of x is in its dtype, those of weight and bias are in the type of row_weights.
+    The gradient of x is in its dtype, that of bias in the type of row_weights; that of weight in the latter too where
+    it is summed over several chunks.
     """
     (N, C), V = x.shape, options.vocab_size
     compute = row_weights.dtype
     narrow = x.dtype != compute
     losses = row_weights.new_empty(N)
     d_x = torch.empty(N, C, dtype=x.dtype, device=x.device) if needed[0] else None
-    d_weight = row_weights.new_zeros(weight.shape) if needed[1] else None
+    sums = compute if options.rows < N else x.dtype
+    d_weight = torch.empty(weight.shape, dtype=sums, device=x.device) if needed[1] else None
+    if d_weight is not None:
+        d_weight[V if N else 0 :] = 0.0  # the rest is written by the first chunk
     d_bias = row_weights.new_zeros(weight.shape[0]) if needed[2] else None
     weight_used = weight[:V]
     smoothing, z_loss, softcap = options.label_smoothing, options.z_loss, options.softcap
@@ -290,18 +297,20 @@ def _by_chunks(
             torch.mm(gemm, weight_used, out=d_x[chunk]).mul_(factor)
         if d_weight is not None:
             weighted = (x_chunk * factor).to(x.dtype)
-            _add_product_(d_weight[:V], gemm.t(), weighted)
+            _add_product_(d_weight[:V], gemm.t(), weighted, beta=int(start > 0))
         if d_bias is not None:
             d_bias[:V] += torch.mv(y.t(), row_weights[chunk])
     return losses, (d_x, d_weight, d_bias)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total may be wider than a and b."""
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total <- beta * total + a @ b, beta 0 or 1; total may be wider than a and b, and with beta 0 is not read."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
+        total.addmm_(a, b, beta=beta)
+    elif beta:
         total.add_(a @ b)
+    else:
+        total.copy_(a @ b)
 
 
 def _check(
