@@ -125,13 +125,18 @@ def reference(
     device = params[0].device
     count = torch.as_tensor(step, dtype=torch.float32, device=device)
     skip = None if skip is None else torch.as_tensor(skip, device=device) != 0
-    found_inf = None if skip is None else skip.float()  # the fused kernel skips on exactly 1
 
     def update(targets: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor]) -> None:
-        hyper = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
+        hyper = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+        if torch.compiler.is_compiling():  # which cannot trace the fused kernel (its empty list for amsgrad)
+            for one in zip(targets, gs, ms, vs, strict=True):
+                _update_plainly(*one, **hyper, step=count, skip=skip)
+            return
+        found_inf = None if skip is None else skip.float()  # the fused kernel skips on exactly 1
         torch._fused_adamw_(
-            targets, gs, ms, vs, [], [count] * len(targets), **hyper, grad_scale=None, found_inf=found_inf
-        )
+            targets, gs, ms, vs, [], [count] * len(targets), **hyper, amsgrad=False, maximize=False,
+            grad_scale=None, found_inf=found_inf
+        )  # fmt: skip
 
     def store(p: Tensor, new: Tensor) -> None:
         p.copy_(new if skip is None else torch.where(skip, p, new.to(p.dtype)))
@@ -145,7 +150,7 @@ def reference(
         flat = [p.view(-1), g.reshape(-1), m.view(-1), v.view(-1), None if target is None else target.view(-1)]
         for start in range(0, p.numel(), CHUNK):
             p_, g_, m_, v_, target_ = (None if t is None else t[start : start + CHUNK] for t in flat)
-            g_ = g_.to(m.dtype) if clip is None else g_.to(m.dtype) * clip
+            g_ = g_.to(m.dtype).contiguous() if clip is None else (g_.to(m.dtype) * clip).contiguous()
             new = p_.to(m.dtype) if target_ is None else target_
             update([new], [g_], [m_], [v_])
             if target_ is None:
@@ -156,6 +161,27 @@ def reference(
     for p, master in zip(params, masters, strict=True):
         if master is not None:
             store(p, master)
+
+
+def _update_plainly(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    skip: Tensor | None,
+) -> None:
+    new_m = beta1 * m + (1 - beta1) * g
+    new_v = beta2 * v + (1 - beta2) * g * g
+    update = new_m / (1 - beta1**step) / ((new_v / (1 - beta2**step)).sqrt() + eps)
+    for old, new in ((p, p * (1 - lr * weight_decay) - lr * update), (m, new_m), (v, new_v)):
+        old.copy_(new if skip is None else torch.where(skip, old, new))
 
 
 # ---- stochastic rounding ----------------------------------------------------------------------
