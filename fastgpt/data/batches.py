@@ -203,5 +203,6 @@ def evaluation_batches(
         if documents:
             begins = idx == eot
             begins[:, 0] = True
+            begins.reshape(-1)[n:] = False  # the filling needs no documents of its own
             cu_seqlens = _cu_seqlens(begins)
         yield Batch(torch.from_numpy(idx), torch.from_numpy(targets), n, cu_seqlens)

@@ -282,8 +282,9 @@ class _Stream:
         else:
             self._data = self._raw
 
-    def read(self, size: int = _BLOCK) -> bytes:
-        """At least one byte and, but for a last block, about `size`; nothing at the end."""
+    def read(self, size: int = 0) -> bytes:
+        """At least one byte and, but for a last block, about `size` (a block when not given); nothing at the end."""
+        size = size or _BLOCK
         if self._rest:
             rest, self._rest = self._rest, b""
             return rest
@@ -566,6 +567,16 @@ def next_cut(window: bytes) -> int:
         if window[at] & 0xC0 != 0x80:
             return at
     return stop
+
+
+def cut(data: bytes) -> Iterator[bytes]:
+    """The parts of a document that is held whole."""
+    start = 0
+    while start < len(data):
+        window = data[start : start + PART_BYTES + SEARCH_BYTES + 8]
+        length = next_cut(window)
+        yield window[:length]
+        start += length
 
 
 def _character_before(data: bytes, end: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from .documents import PART_BYTES, SEARCH_BYTES, InputError, Piece, digest_of, next_cut
+from .documents import InputError, Piece, cut, digest_of, next_cut
 from .shards import dtype_for
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class Encoder:
                 continue
             first = len(arrays)
             try:
-                if len(data) <= PART_BYTES + SEARCH_BYTES:
+                if next_cut(data) == len(data):
                     arrays.append(self.tokenizer.encode_to_numpy(text))
                 else:
-                    arrays += self._parts(data)
+                    arrays += [self.tokenizer.encode_to_numpy(part.decode()) for part in cut(data)]
             except UserError as error:
                 raise InputError(f"{piece.where[0][0]}: {error}") from None
             if piece.last:
@@ -86,14 +86,6 @@ class Encoder:
             result.ids = np.concatenate(arrays).astype(self.dtype)
         result.replaced = decoded.replaced
         return result
-
-    def _parts(self, data: bytes) -> Iterator[np.ndarray]:
-        start = 0
-        while start < len(data):
-            part = data[start : start + PART_BYTES + SEARCH_BYTES + 8]
-            part = part[: next_cut(part)]
-            yield self.tokenizer.encode_to_numpy(part.decode())
-            start += len(part)
 
 
 class Texts:

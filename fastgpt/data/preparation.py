@@ -119,6 +119,7 @@ class _Preparation:
         self.duplicates = self.empty = self.replaced = 0
         self.tokenizer_owned = False
         self.digests = DigestSet()
+        self.encoded_ids = self.encoded_input = 0  # what the size of the whole is estimated from
         self.writers: dict[str, ShardWriter] = {}
         self.digests_file: Any = None
 
@@ -347,6 +348,8 @@ class _Preparation:
 
     def _commit(self, piece: Piece, encoded: Encoded) -> None:
         """Take one piece's documents over, in reading order."""
+        self.encoded_ids += len(encoded.ids)
+        self.encoded_input = piece.consumed
         runs: list[list[Any]] = []  # [split, first id, end]: neighbours that go to one place are written at once
         end = 0
         for tokens, text_bytes, digest in zip(encoded.tokens, encoded.text_bytes, encoded.digests, strict=True):
@@ -381,6 +384,8 @@ class _Preparation:
             return
         count = math.ceil(self.config.val_fraction * train.tokens)
         start = train.tokens - count
+        while start > 1 and tokenizer.decode_bytes(train.read(start, start + 1))[0] & 0xC0 == 0x80:
+            start -= 1  # not inside a character
         documents = text_bytes = 0
         for first in range(start, train.tokens, BLOCK_BYTES):
             ids = train.read(first, min(first + BLOCK_BYTES, train.tokens))
@@ -484,6 +489,7 @@ class _Preparation:
         self.position = Position(**state["position"])
         for name in ("consumed", "long_split", "long_kept", "duplicates", "empty", "replaced"):
             setattr(self, name, state[name])
+        self.encoded_ids, self.encoded_input = sum(w.tokens for w in self.writers.values()), self.consumed
 
     def _close(self) -> None:
         for writer in self.writers.values():
@@ -516,11 +522,10 @@ class _Preparation:
 
     def _bytes_needed(self) -> int:
         """Bytes of the whole dataset, from what the inputs read so far came to."""
-        written = sum(writer.tokens * writer.dtype.itemsize for writer in self.writers.values())
-        if self.consumed:
-            return int(written / self.consumed * self.input_bytes)
-        # about four bytes of text to a token
-        return self.input_bytes // 4 * dtype_for(self.config.vocab_size).itemsize
+        size = self.writers["train"].dtype.itemsize if self.writers else dtype_for(self.config.vocab_size).itemsize
+        if self.encoded_input:
+            return int(self.encoded_ids * size * self.input_bytes / self.encoded_input)
+        return self.input_bytes // 3 * size  # before anything was encoded: about three bytes to a token
 
     def _run_report(self, seconds: float, text_bytes: int, resumed: bool, already_done: bool) -> dict[str, Any]:
         return {

@@ -1,0 +1,508 @@
+"""prepare: what it writes, and that it is the same however it came about; kills, full disks and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgpt.data import Dataset, documents, preparation, prepare, verify
+from fastgpt.errors import UserError
+from fastgpt.tokenizer import Tokenizer
+
+from .data_cases import config, contents, corpus, large_tokenizer, small_tokenizer, text
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPORARY = ("prepare.json", "prepare.digests", "*.partial")
+
+
+def decoded(dataset, split):
+    """The documents of a split, from its shards."""
+    tokens, tokenizer = dataset.split(split), dataset.tokenizer()
+    ids = tokens.read(0, len(tokens))
+    ends = np.flatnonzero(ids == tokenizer.eot_id)
+    assert len(ids) == 0 or ends[-1] == len(ids) - 1, "every document is followed by an end of text"
+    return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def leftovers(folder):
+    return [path.name for pattern in TEMPORARY for path in folder.glob(pattern)]
+
+
+def in_child(action, expected=0):
+    """Run `action` in a process of its own; `expected` is its exit code, or minus the signal that ends it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the child
+            action()
+            os._exit(0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (expected if isinstance(expected, tuple) else (expected,))
+    return status
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Many pieces, the state saved after each; without waiting for the disk, which a kill does not need."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 600)
+    monkeypatch.setattr(documents, "PART_BYTES", 500)
+    monkeypatch.setattr(documents, "SEARCH_BYTES", 100)
+    monkeypatch.setattr(documents, "LONG_DOCUMENT", 1500)
+    monkeypatch.setattr(preparation, "STATE_SECONDS", 0.0)
+
+
+# ---- what it writes --------------------------------------------------------------------------
+
+
+def test_every_document_comes_back_in_order(tmp_path):
+    expected = corpus(tmp_path / "corpus")
+    meta = prepare(config(tmp_path), progress=False)
+    dataset = Dataset.open(tmp_path / "data")
+    train, val = decoded(dataset, "train"), decoded(dataset, "val")
+    assert sorted(train + val) == sorted(expected)
+    assert train == [t for t in expected if t in train] and val == [t for t in expected if t in val]
+    assert 0 < len(val) < len(train)
+    for split, found in (("train", train), ("val", val)):
+        tokens = dataset.split(split)
+        assert tokens.documents == meta["splits"][split]["documents"] == len(found)
+        assert tokens.text_bytes == sum(len(t.encode()) for t in found)
+        assert meta["splits"][split]["tokens"] == len(tokens)
+    assert [s["tokens"] for s in meta["splits"]["train"]["shards"][:-1]] == [1000] * (
+        len(dataset.split("train")) // 1000
+    )
+    assert {k: v for k, v in meta.items() if k != "run"} == json.loads((tmp_path / "data/dataset.json").read_text())
+    assert meta["run"]["mb_per_second"] > 0
+    assert verify(tmp_path / "data") == [] and leftovers(tmp_path / "data") == []
+
+
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
+    corpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "long.txt").write_text(text(77, 20_000) * 12)
+    (tmp_path / "corpus" / "rows.jsonl").write_text("".join(json.dumps({"text": text(i, 9)}) + "\n" for i in range(99)))
+    for workers in (1, 3):
+        prepare(config(tmp_path, out_dir=str(tmp_path / f"by{workers}"), workers=workers), progress=False)
+    assert contents(tmp_path / "by1") == contents(tmp_path / "by3")
+
+
+def test_exact_duplicates_are_dropped(tmp_path, small_pieces):
+    long = text(5, 900)
+    for name, content in (
+        ("a", "one"),
+        ("b", "one"),
+        ("c", "two"),
+        ("d", long),
+        ("e", "one "),
+        ("f", long),
+        ("g", "two"),
+    ):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        (tmp_path / "corpus" / f"{name}.txt").write_bytes(content.encode())
+    meta = prepare(config(tmp_path, val_fraction=0.0), progress=False)
+    assert decoded(Dataset.open(tmp_path / "data"), "train") == ["one", "two", long, "one "]
+    assert meta["duplicates"] == 3 and meta["splits"]["train"]["documents"] == 4
+
+
+def test_validation_inputs_are_kept_out_of_training(tmp_path):
+    corpus(tmp_path / "corpus", documents=4)
+    held_out = tmp_path / "held.txt"
+    held_out.write_bytes((tmp_path / "corpus" / "0001.txt").read_bytes() + b"<|endoftext|>more")
+    prepare(config(tmp_path, val_inputs=(str(held_out),)), progress=False)
+    dataset = Dataset.open(tmp_path / "data")
+    assert decoded(dataset, "val") == [text(2, 60), "more"]
+    assert decoded(dataset, "train") == [text(1, 60), text(3, 60), text(4, 60)]
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_corpus_of_few_documents_gives_its_end_to_validation(tmp_path, files):
+    expected = corpus(tmp_path / "corpus", documents=files, words=2000)
+    meta = prepare(config(tmp_path, val_fraction=0.01), progress=False)
+    dataset = Dataset.open(tmp_path / "data")
+    train, val = dataset.split("train"), dataset.split("val")
+    found = decoded(dataset, "train")
+    whole = b"".join(dataset.tokenizer().decode_bytes(s.read(0, len(s) - 1)) for s in (train, val))
+    joined = "<|endoftext|>".join(expected).encode()
+    at = len("<|endoftext|>".join(found).encode())
+    assert whole == joined
+    assert abs(len(val) / (len(train) + len(val)) - 0.01) < 0.001
+    assert (train.documents, val.documents) == (files, 1)
+    assert meta["splits"]["val"]["text_bytes"] == len(joined) - at
+    assert train.text_bytes + val.text_bytes == sum(len(t.encode()) for t in expected)
+
+
+def test_a_tokenizer_is_trained_on_the_training_split_alone(tmp_path, monkeypatch):
+    expected = corpus(tmp_path / "corpus")
+    seen = []
+    train = Tokenizer.train.__func__
+
+    def spy(cls, *args, texts, **options):
+        seen.extend(texts)
+        return train(cls, *args, texts=seen, **options)
+
+    monkeypatch.setattr(Tokenizer, "train", classmethod(spy))
+    meta = prepare(config(tmp_path, tokenizer="train", vocab_size=300), progress=False)
+    dataset = Dataset.open(tmp_path / "data")
+    assert seen == decoded(dataset, "train") != expected
+    assert meta["vocab_size"] == 300 and meta["run"]["tokenizer_seconds"] > 0
+    # without validation documents the end of the text is what validation gets
+    del seen[:]
+    (tmp_path / "one.txt").write_text(text(8, 3000), newline="")
+    settings = dict(inputs=(str(tmp_path / "one.txt"),), out_dir=str(tmp_path / "one"), val_fraction=0.1)
+    prepare(config(tmp_path, tokenizer="train", vocab_size=300, **settings), progress=False)
+    assert text(8, 3000).startswith("".join(seen))
+    assert abs(len("".join(seen).encode()) / len(text(8, 3000).encode()) - 0.9) < 0.001
+    # and of a corpus beyond the bound an even part
+    del seen[:]
+    monkeypatch.setattr(preparation, "TRAINING_BYTES", 4000)
+    prepare(config(tmp_path, tokenizer="train", vocab_size=300, out_dir=str(tmp_path / "part")), progress=False)
+    assert 3000 < len("".join(seen).encode()) < 5000
+    assert expected.index(seen[-1]) > 20
+
+
+def test_a_large_vocabulary_takes_uint32(tmp_path):
+    corpus(tmp_path / "corpus", documents=3)
+    large_tokenizer().save(tmp_path / "large.json")
+    settings = config(tmp_path, tokenizer=str(tmp_path / "large.json"), val_fraction=0.0)
+    meta = prepare(settings, progress=False)
+    assert meta["dtype"] == "uint32"
+    dataset = Dataset.open(tmp_path / "data")
+    tokens = dataset.split("train")
+    assert tokens.read(0, len(tokens)).max() == dataset.eot_id > 65535
+    assert decoded(dataset, "train") == [text(i, 60) for i in (1, 2, 3)]
+
+
+def test_invalid_utf8_can_be_replaced(tmp_path):
+    corpus(tmp_path / "corpus", documents=2)
+    (tmp_path / "corpus" / "bad.txt").write_bytes(b"a\xff\xffb")
+    with pytest.raises(UserError, match=r"bad\.txt is not UTF-8: byte 0xff at byte 1"):
+        prepare(config(tmp_path), progress=False)
+    assert not (tmp_path / "data").exists()
+    meta = prepare(config(tmp_path, errors="replace", val_fraction=0.0), progress=False)
+    assert meta["replaced"] == 2
+    assert decoded(Dataset.open(tmp_path / "data"), "train")[-1] == "a\ufffd\ufffdb"
+
+
+def test_many_tiny_files(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for i in range(3000):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(str(i))
+    began = time.perf_counter()
+    meta = prepare(config(tmp_path, val_fraction=0.0), progress=False)
+    assert meta["splits"]["train"]["documents"] == 3000
+    assert time.perf_counter() - began < 15
+
+
+# ---- again, and elsewhere --------------------------------------------------------------------
+
+
+def test_a_finished_folder_is_left_alone(tmp_path, capsys):
+    corpus(tmp_path / "corpus")
+    prepare(config(tmp_path))
+    assert "MB/s" in capsys.readouterr().err
+    before = contents(tmp_path / "data")
+    meta = prepare(config(tmp_path, workers=2))
+    assert meta["run"]["already_done"]
+    assert "already prepared" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"val_fraction was 0\.2 and now is 0\.1"):
+        prepare(config(tmp_path, val_fraction=0.1), progress=False)
+    (tmp_path / "corpus" / "0003.txt").write_text("changed")
+    with pytest.raises(UserError, match="the input files have changed since"):
+        prepare(config(tmp_path), progress=False)
+    assert contents(tmp_path / "data") == before
+    (tmp_path / "data" / "train-00000.bin").unlink()
+
+
+def test_files_of_others_are_not_touched(tmp_path):
+    corpus(tmp_path / "corpus")
+    for name, change in (("train-00000.bin", {}), ("tokenizer.json", {"tokenizer": "train"}), ("tokenizer.json", {})):
+        (tmp_path / "data").mkdir()
+        Tokenizer.train(texts=["abab"], vocab_size=257).save(tmp_path / "data" / name)
+        before = contents(tmp_path / "data")
+        with pytest.raises(UserError, match="choose another out_dir"):
+            prepare(config(tmp_path, **change), progress=False)
+        assert contents(tmp_path / "data").items() >= before.items()
+        for path in (tmp_path / "data").iterdir():
+            path.unlink()
+        (tmp_path / "data").rmdir()
+
+
+def test_the_tokenizer_in_the_folder_can_be_the_one_to_use(tmp_path):
+    corpus(tmp_path / "corpus")
+    (tmp_path / "data").mkdir()
+    path = small_tokenizer().save(tmp_path / "data")
+    (tmp_path / "corpus" / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        prepare(config(tmp_path, tokenizer=str(path)), progress=False)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["tokenizer.json"]
+    prepare(config(tmp_path, tokenizer=str(path), errors="replace"), progress=False)
+    assert verify(tmp_path / "data") == []
+
+
+def test_a_second_prepare_in_the_folder_is_refused(tmp_path):
+    corpus(tmp_path / "corpus")
+    refused = []
+
+    def second(*_):
+        if not refused:
+            with pytest.raises(UserError, match="another prepare is at work"):
+                prepare(config(tmp_path), progress=False)
+            refused.append(True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation._Progress, "update", second)
+        prepare(config(tmp_path), progress=False)
+    assert refused and verify(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": ()}, "inputs is empty"),
+        ({"inputs": ("nowhere.txt",)}, "cannot read the input nowhere.txt"),
+        ({"shard_tokens": 2**31}, "expected at most 2147483647"),
+        ({"out_dir": "{}/corpus/0000.txt"}, "File exists"),
+        ({"tokenizer": "gpt22"}, "did you mean 'gpt2'"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused(tmp_path, changes, message):
+    corpus(tmp_path / "corpus")
+    changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=message):
+        prepare(config(tmp_path, **changes), progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_inputs_without_text_are_refused(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text('{"text": ""}\n')
+    for tokenizer in ({}, {"tokenizer": "train"}):
+        with pytest.raises(UserError, match="no text"):
+            prepare(config(tmp_path, **tokenizer), progress=False)
+        assert not (tmp_path / "data").exists()
+
+
+# ---- kills -----------------------------------------------------------------------------------
+
+
+def kill_at(event, names):
+    """End this process with SIGKILL before the event-th call of any of these functions."""
+    calls = iter(range(event + 1))
+
+    def killing(function):
+        def called(*args, **options):
+            if next(calls) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return called
+
+    for owner, name in names:
+        setattr(owner, name, killing(getattr(owner, name)))
+
+
+EVENTS = [(os, "fsync"), (os, "replace"), (os, "truncate"), (Path, "unlink"), (preparation.ShardWriter, "_write")]
+
+
+@pytest.mark.parametrize(("files", "shard"), [(6, 200), (1, 100_000)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_pieces, files, shard):
+    corpus(tmp_path / "corpus", documents=files, words=90)
+    (tmp_path / "corpus" / "0001x.txt").write_bytes(text(2, 90).encode() + text(60, 500).encode())
+
+    def run(name):
+        settings = config(tmp_path, tokenizer="train", vocab_size=270, out_dir=str(tmp_path / name), shard_tokens=shard)
+        prepare(settings, progress=False)
+
+    in_child(lambda: run("whole"))
+    whole = contents(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    event, kills = 0, 0
+    while True:
+
+        def killed(event=event):
+            kill_at(event, EVENTS)
+            run("killed")
+
+        if in_child(killed, (0, -signal.SIGKILL)) == 0:
+            break
+        kills += 1
+        assert not (folder / "dataset.json").exists() or contents(folder).items() >= whole.items()
+        for path in folder.glob("*.bin"):
+            assert path.stat().st_size == 1024 + 2 * int(np.fromfile(path, "<i4", 3)[2])
+        if event % 3 == 2:  # killed again while it goes on
+            in_child(lambda: (kill_at(9, EVENTS), run("killed")), (0, -signal.SIGKILL))
+        in_child(lambda: run("killed"))
+        assert contents(folder) == whole, f"after a kill at event {event}"
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        event += 1 if event < 10 else 5
+    assert kills > 20
+
+
+SCRIPT = """
+from fastgpt.config import PrepareConfig
+from fastgpt.data import prepare, preparation
+preparation.STATE_SECONDS = 0.0
+prepare(PrepareConfig.from_json({settings!r}))
+"""
+
+
+def test_a_killed_prepare_leaves_no_workers_and_goes_on(tmp_path):
+    corpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "long.txt").write_text(text(4, 20_000) * 30)
+    settings = config(tmp_path, workers=2, shard_tokens=100_000)
+    prepare(settings.replace(out_dir=str(tmp_path / "whole"), workers=1), progress=False)
+    # no __main__ guard: a user's script has none
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(settings=settings.to_json())], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    first = tmp_path / "data" / "train-00000.bin"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert not (tmp_path / "data" / "dataset.json").exists()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() and b"encode" in cmdline(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its caller"
+        time.sleep(0.01)
+    meta = prepare(settings, progress=False)
+    assert meta["run"]["resumed"]
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def cmdline(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_dead_worker_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
+    corpus(tmp_path / "corpus")
+    from fastgpt.data import encode
+
+    start = subprocess.Popen
+
+    def dying(command, **options):
+        return start([command[0], "-c", "import os; os.kill(os.getpid(), 9)"], **options)
+
+    monkeypatch.setattr(encode.subprocess, "Popen", dying)
+    with pytest.raises(UserError, match="a worker process ended with exit code -9"):
+        prepare(config(tmp_path, workers=2), progress=False)
+    monkeypatch.undo()
+    assert prepare(config(tmp_path), progress=False)["run"]["resumed"]
+
+
+def test_an_interrupted_folder_takes_no_other_inputs(tmp_path, small_pieces):
+    corpus(tmp_path / "corpus")
+    in_child(lambda: (kill_at(30, EVENTS), prepare(config(tmp_path), progress=False)), -signal.SIGKILL)
+    before = contents(tmp_path / "data")
+    with pytest.raises(UserError, match=r"interrupted prepare .*val_fraction was 0\.2 and now is 0\.5"):
+        prepare(config(tmp_path, val_fraction=0.5), progress=False)
+    (tmp_path / "corpus" / "new.txt").write_text("new")
+    with pytest.raises(UserError, match=r"interrupted prepare .*the input files have changed"):
+        prepare(config(tmp_path), progress=False)
+    assert contents(tmp_path / "data") == before
+    (tmp_path / "corpus" / "new.txt").unlink()
+    (tmp_path / "data" / "prepare.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged; remove"):
+        prepare(config(tmp_path), progress=False)
+
+
+def test_an_interrupt_keeps_what_was_done(tmp_path, small_pieces, monkeypatch):
+    corpus(tmp_path / "corpus")
+    prepare(config(tmp_path, out_dir=str(tmp_path / "whole")), progress=False)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation._Progress, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(tmp_path), progress=False)
+    assert prepare(config(tmp_path), progress=False)["run"]["resumed"]
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+# ---- a full disk -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3000, 12_000])
+def test_a_full_disk_is_refused_and_nothing_left(tmp_path, limit):
+    """RLIMIT_FSIZE makes the system refuse a write, in the midst of one."""
+    corpus(tmp_path / "corpus", words=400)
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(
+            UserError, match=r"no space to write in .*: the dataset|File too large; the dataset needs about"
+        ):
+            prepare(config(tmp_path, shard_tokens=10**6), progress=False)
+
+    config(tmp_path)
+    in_child(run)
+    assert not (tmp_path / "data").exists()
+    prepare(config(tmp_path), progress=False)
+
+
+def test_a_full_file_system(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and mount")
+    try:
+        corpus(tmp_path / "corpus", words=1500)
+        with pytest.raises(
+            UserError, match=r"No space left on device; the dataset needs about [\d,]+ bytes and"
+        ) as caught:
+            prepare(config(tmp_path, out_dir=str(disk / "data")), progress=False)
+        needed = int(str(caught.value).split("about ")[1].split(" bytes")[0].replace(",", ""))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    prepare(config(tmp_path), progress=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "data").glob("*.bin"))
+    assert size / 2 < needed < 2 * size
+
+
+# ---- how it is used --------------------------------------------------------------------------
+
+
+def test_reading_and_encoding_import_no_torch():
+    code = """
+    import sys
+    import fastgpt.data.preparation, fastgpt.data.dataset, fastgpt.data.encode
+    assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+def test_a_closed_stderr_does_not_matter(tmp_path):
+    corpus(tmp_path / "corpus")
+    code = SCRIPT.format(settings=config(tmp_path).to_json())
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.wait() == 0
+    assert verify(tmp_path / "data") == []
