@@ -375,17 +375,15 @@ def _check(
             raise ValueError("attention: documents and kv_lengths cannot be combined")
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"attention: documents need as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
-        if bound.shape != q.shape[:2] or bound.dtype != torch.int32 or bound.device != q.device:
+        if bound.shape != q.shape[:2] or bound.dtype != torch.int32:
             raise ValueError(
-                f"attention: {name} must be (B, T) = {tuple(q.shape[:2])} int32 on {q.device}, "
-                f"got {tuple(bound.shape)} {bound.dtype} on {bound.device}"
+                f"attention: {name} must be (B, T) = {tuple(q.shape[:2])} int32, got {tuple(bound.shape)} {bound.dtype}"
             )
-    if kv_lengths is not None and (
-        kv_lengths.shape != q.shape[:1]
-        or kv_lengths.dtype not in (torch.int32, torch.int64)
-        or kv_lengths.device != q.device
-    ):
-        raise ValueError(
-            f"attention: kv_lengths must be (B,) = ({q.shape[0]},) int32 or int64 on {q.device}, "
-            f"got {tuple(kv_lengths.shape)} {kv_lengths.dtype} on {kv_lengths.device}"
-        )
+        contract.check_device("attention", name, bound, "q", q)
+    if kv_lengths is not None:
+        if kv_lengths.shape != q.shape[:1] or kv_lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"attention: kv_lengths must be (B,) = ({q.shape[0]},) int32 or int64, "
+                f"got {tuple(kv_lengths.shape)} {kv_lengths.dtype}"
+            )
+        contract.check_device("attention", "kv_lengths", kv_lengths, "q", q)

@@ -105,7 +105,9 @@ def linear_cross_entropy(
     rows = max(MIN_ROWS, min(x.shape[-1], ENOUGH_ROWS), budget // (vocab_size * contract.accumulator(x.dtype).itemsize))
     options = _Options(ignore_index, reduction, label_smoothing, z_loss, softcap, vocab_size, rows)
     weights = None if token_weights is None else token_weights.reshape(-1)
-    arguments = x.reshape(-1, x.shape[-1]), weight, bias, targets.reshape(-1), weights
+    # Other strides would have the GEMMs sum in another order; the copies, where any is made, are small.
+    x, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    arguments = x, weight, bias, targets.reshape(-1), weights
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         loss = _LinearCrossEntropy.apply(*arguments, options)
     else:
@@ -329,9 +331,10 @@ def _check(
         contract.check_device(op, name, t, "x", x)
         if name != "token_weights" and t.dtype != x.dtype and not contract.autocasting(x):
             raise ValueError(f"{op}: {name} must have the dtype of x ({x.dtype}), got {t.dtype}")
-    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    contract.check_rows(op, "x", x)
+    if weight.dim() != 2 or weight.shape[0] < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: x and weight must be (..., C) and (V, C), got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"{op}: x and weight must be (..., C) and (V, C) with V >= 1, got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -14,7 +14,7 @@ Contract
     qkv          (B, T, H + 2 KV, D): heads in the order [Q | K | V]; fp64, fp32, bf16 or fp16; any strides.
     cos, sin     (T_max, R / 2) fp32 (or fp64), from `rotary_tables`; R <= D.
     positions    (B, T) or (T,) int32 or int64, in 0 .. T_max - 1; 0 .. T - 1 when not given, then T <= T_max.
-    q_weight, k_weight   (D,), both or none, in qkv's dtype.
+    q_weight, k_weight   (D,), both or none, in qkv's dtype or fp32.
     returns      (B, T, H + 2 KV, D), contiguous, in qkv's dtype: new memory. V is unchanged. Computed in fp32 (fp64 for
                  fp64), rounded once.
     ValueError   where a shape, dtype, device or option is otherwise; the same on every device.
@@ -52,7 +52,7 @@ def rotary(
 
     The contract is at the top of this file. Raises ValueError where it is broken.
     """
-    _check(qkv, cos, sin, n_head, n_kv_head, positions, q_weight, k_weight)
+    _check(qkv, cos, sin, n_head, n_kv_head, positions, q_weight, k_weight, eps)
     native.select(qkv)
     return reference(
         qkv,
@@ -179,6 +179,7 @@ def _check(
     positions: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    eps: float,
 ) -> None:
     contract.check_floating("rotary", "qkv", qkv)
     if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
@@ -192,27 +193,22 @@ def _check(
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in (torch.float32, torch.float64) or table.device != qkv.device:
-            raise ValueError(f"rotary: {name} must be float32 on {qkv.device}, got {table.dtype} on {table.device}")
+        if table.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"rotary: {name} must be float32 or float64, got {table.dtype}")
+        contract.check_device("rotary", name, table, "qkv", qkv)
     if positions is None:
         if cos.shape[0] < T:
             raise ValueError(f"rotary: cos and sin hold {cos.shape[0]} positions, but qkv has {T} tokens")
-    elif (
-        positions.shape not in (qkv.shape[:2], qkv.shape[1:2])
-        or positions.dtype not in (torch.int32, torch.int64)
-        or positions.device != qkv.device
-    ):
-        raise ValueError(
-            f"rotary: positions must be (B, T) or (T,) int32 or int64 on {qkv.device} for qkv {tuple(qkv.shape)}, "
-            f"got {tuple(positions.shape)} {positions.dtype} on {positions.device}"
-        )
+    else:
+        if positions.shape not in (qkv.shape[:2], qkv.shape[1:2]) or positions.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"rotary: positions must be (B, T) or (T,) int32 or int64 for qkv {tuple(qkv.shape)}, "
+                f"got {tuple(positions.shape)} {positions.dtype}"
+            )
+        contract.check_device("rotary", "positions", positions, "qkv", qkv)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("rotary: q_weight and k_weight must be given together")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None and (
-            weight.shape != (D,) or not weight.is_floating_point() or weight.device != qkv.device
-        ):
-            raise ValueError(
-                f"rotary: {name} must be ({D},) floating point on {qkv.device}, "
-                f"got {tuple(weight.shape)} {weight.dtype} on {weight.device}"
-            )
+        if weight is not None:
+            contract.check_channel_weight("rotary", name, weight, qkv)
+    contract.check_eps("rotary", eps)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt.ops import attention, document_bounds
 from fastgpt.ops.attention import reference
+from tests.ops.checks import check_error, values
 from tests.rule import RULE_DTYPES, check_by_rule, in_layout, outputs_and_gradients, poison, randn, upstream
 
 # (Tq, Tk): one, one off a tile either way, more queries than keys and fewer.
@@ -332,35 +333,35 @@ def test_vmap_and_reference_agree():
 # ---- contract, compile, autocast ------------------------------------------------------------
 
 
-def _bad_arguments(device: str):
-    q, k, v = inputs(2, 4, 4, device=device)
-    bounds = torch.zeros(2, 4, dtype=torch.int32, device=device)
-    yield "q must be (B, T, heads, D)", (q[0], k, v), {}
-    yield "q must be float64", (q.int(), k, v), {}
-    yield "k must have the dtype of q", (q, k.float(), v), {}
-    yield "k and v must have one shape", (q, k, v[:, :3]), {}
-    yield "the same B and D", (q, k[:1], v[:1]), {}
-    yield "multiple of the number of key heads", (q[:, :, :3], k, v), {}
-    yield "window must be", (q, k, v), dict(window=-1)
-    yield "softcap must be", (q, k, v), dict(softcap=0.0)
-    yield "scale must be", (q, k, v), dict(scale=math.inf)
-    yield "given together", (q, k, v), dict(doc_start=bounds)
-    yield "doc_end must be (B, T)", (q, k, v), dict(doc_start=bounds, doc_end=bounds.long())
-    yield "as many queries as keys", (q[:, :2], k, v), dict(doc_start=bounds, doc_end=bounds)
-    yield "cannot be combined", (q, k, v), dict(doc_start=bounds, doc_end=bounds, kv_lengths=bounds[:, 0])
-    yield "kv_lengths must be", (q, k, v), dict(kv_lengths=bounds)
+def _bounds(device: str) -> Tensor:
+    return torch.zeros(2, 4, dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize("case", range(len(list(_bad_arguments("meta")))))
-def test_the_same_error_everywhere(device, case):
-    messages = set()
-    for where in ("meta", device):
-        words, arguments, options = list(_bad_arguments(where))[case]
-        with pytest.raises(ValueError, match=r"^attention: ") as caught:
-            attention(*arguments, **options)
-        assert words in str(caught.value)
-        messages.add(str(caught.value).replace(where, "DEVICE"))
-    assert len(messages) == 1, messages
+BAD = {
+    "q must be (B, T, heads, D)": lambda d: dict(q=values(4, 4, 8, device=d)),
+    "q must be float64": lambda d: dict(q=values(2, 4, 4, 8, device=d).int()),
+    "k must have the dtype of q": lambda d: dict(k=values(2, 4, 2, 8, dtype=torch.float32, device=d)),
+    "k and v must have one shape": lambda d: dict(v=values(2, 3, 2, 8, device=d)),
+    "the same B and D": lambda d: dict(q=values(1, 4, 4, 8, device=d)),
+    "multiple of the number of key heads": lambda d: dict(q=values(2, 4, 3, 8, device=d)),
+    "window must be": lambda d: dict(window=-1),
+    "softcap must be": lambda d: dict(softcap=0.0),
+    "scale must be": lambda d: dict(scale=math.inf),
+    "given together": lambda d: dict(doc_start=_bounds(d)),
+    "doc_end must be (B, T)": lambda d: dict(doc_start=_bounds(d), doc_end=_bounds(d).long()),
+    "as many queries as keys": lambda d: dict(q=values(2, 3, 4, 8, device=d), doc_start=_bounds(d), doc_end=_bounds(d)),
+    "cannot be combined": lambda d: dict(doc_start=_bounds(d), doc_end=_bounds(d), kv_lengths=_bounds(d)[:, 0]),
+    "kv_lengths must be": lambda d: dict(kv_lengths=_bounds(d)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_the_same_error_everywhere(message):
+    def make(device):
+        given = dict(zip("qkv", (values(2, 4, heads, 8, device=device) for heads in (4, 2, 2)), strict=True))
+        return (), {**given, **BAD[message](device)}
+
+    check_error(attention, message, make)
 
 
 def test_meta_agrees(device):

@@ -143,7 +143,7 @@ BAD = {
     "hold 5 positions, but qkv has 9": lambda d: dict(cos=values(5, 4, device=d), sin=values(5, 4, device=d)),
     "positions must be (B, T) or (T,)": lambda d: dict(positions=values(2, 8, device=d).long()),
     "given together": lambda d: dict(q_weight=values(8, device=d)),
-    "k_weight must be (8,)": lambda d: dict(q_weight=values(8, device=d), k_weight=values(7, device=d)),
+    "k_weight must have shape (8,)": lambda d: dict(q_weight=values(8, device=d), k_weight=values(7, device=d)),
 }
 
 
