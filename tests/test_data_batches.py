@@ -127,20 +127,34 @@ def test_seeds_give_orders_of_their_own():
     assert len(orders) == 30
 
 
-def test_documents_end_the_targets():
+def test_documents_begin_at_the_end_of_text_before_them():
     tokens = stream(200, 100, vocab=6)
-    plain, cut = Batches(tokens, 16, 5, 2).batch(0), Batches(tokens, 16, 5, 2, documents=True).batch(0)
-    ends = plain.idx == tokens.eot_id
-    assert ends.any()
-    assert torch.equal(cut.idx, plain.idx)
-    assert torch.equal(cut.targets, plain.targets.masked_fill(ends, -100))
-    assert cut.n_targets == int((cut.targets != -100).sum()) < plain.n_targets
-    # a document begins at every row, and after every end of text
-    expected = [i for i in range(80) if i % 16 == 0 or plain.idx.reshape(-1)[i - 1] == tokens.eot_id]
-    assert cut.cu_seqlens.tolist() == [*expected, 80]
-    assert cut.cu_seqlens.dtype == torch.int32
+    plain, apart = Batches(tokens, 16, 5, 2).batch(0), Batches(tokens, 16, 5, 2, documents=True).batch(0)
+    flat = plain.idx.reshape(-1)
+    assert (flat == tokens.eot_id).any()
+    assert torch.equal(apart.idx, plain.idx)
+    # nothing is ignored: a model that never learned a document's first token could not begin one
+    assert torch.equal(apart.targets, plain.targets)
+    assert apart.n_targets == plain.n_targets == 80
+    expected = [i for i in range(80) if i % 16 == 0 or flat[i] == tokens.eot_id]
+    assert apart.cu_seqlens.tolist() == [*expected, 80]
+    assert apart.cu_seqlens.dtype == torch.int32
     other = Batches(tokens, 16, 5, 2, documents=True, eot_id=3).batch(0)
-    assert torch.equal(other.targets == -100, plain.idx == 3)
+    assert other.cu_seqlens.tolist() == [*(i for i in range(80) if i % 16 == 0 or flat[i] == 3), 80]
+
+
+def test_training_and_evaluation_begin_documents_alike():
+    tokens = stream(160, vocab=6)
+    batches = Batches(tokens, 16, 1, 3, documents=True)
+    evaluated = next(evaluation_batches(tokens, 16, 10, documents=True))
+    inputs = [tokens.eot_id, *np.concatenate(tokens.shards).tolist()]
+    begins = set(evaluated.cu_seqlens.tolist())
+    for sample in range(batches.samples_per_epoch):
+        start = int(batches.starts(np.array([sample]))[0])
+        inside = [i for i in batches.batch(sample).cu_seqlens.tolist() if 0 < i < 16 and start + i < 160]
+        # the same token of the split begins a document in both, except where a row of either begins
+        assert inside == [i for i in range(1, 16) if start + i < 160 and inputs[start + i + 1] == tokens.eot_id]
+        assert all(start + i + 1 in begins for i in inside if start + i + 1 < 160)
 
 
 # ---- evaluation ------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ class Batches:
         block_size: inputs in a window (T); a window reads T + 1 tokens.
         batch_size: windows in a batch (B).
         seed: of the order.
-        documents: also give cu_seqlens, and ignore targets that lie in another document than their input.
+        documents: also give cu_seqlens. A document begins at the `<|endoftext|>` before it, as in evaluation and in
+            sampling: its first token is then learned too, and no target lies in another document than its input.
         eot_id: the id that ends a document; the stream's own when not given.
 
     Raises UserError where the split is shorter than block_size + 1.
@@ -140,12 +141,7 @@ class Batches:
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if not self.documents:
             return Batch(idx, targets, idx.numel())
-        ends = rows[:, :-1] == self.eot_id
-        targets.numpy()[ends] = IGNORED
-        begins = np.zeros_like(ends)
-        begins[:, 0] = True
-        begins[:, 1:] = ends[:, :-1]
-        return Batch(idx, targets, idx.numel() - int(np.count_nonzero(ends)), _cu_seqlens(begins))
+        return Batch(idx, targets, idx.numel(), _cu_seqlens(_begins(idx.numpy(), self.eot_id)))
 
     def _starts(self, first: int) -> np.ndarray:
         """starts() of one batch, computed for many samples at a time."""
@@ -158,6 +154,13 @@ class Batches:
             parts.append(self._ahead[1][within : within + last - first])
             first += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _begins(idx: np.ndarray, eot: int) -> np.ndarray:
+    """(B, T) ids -> (B, T) bool, True where a document begins: at every end of text, and at every row."""
+    begins = idx == eot
+    begins[:, 0] = True
+    return begins
 
 
 def _cu_seqlens(begins: np.ndarray) -> torch.Tensor:
@@ -178,8 +181,8 @@ def evaluation_batches(
 
     The split's first token is predicted from `<|endoftext|>`, the first of each later window from the token
     before it. The last row is filled up with targets of -100; the last batch may have fewer rows. With
-    `documents`, cu_seqlens begins a document at each `<|endoftext|>` among the inputs, which is then the context
-    that its first token is predicted from, so no target is ignored. `batches` > 0 stops after that many.
+    `documents`, cu_seqlens begins a document at each `<|endoftext|>` among the inputs, which is the context that its
+    first token is predicted from. `batches` > 0 stops after that many.
 
     Raises UserError where the split is empty.
     """
@@ -201,8 +204,7 @@ def evaluation_batches(
         idx, targets = idx.reshape(rows, block_size), targets.reshape(rows, block_size)
         cu_seqlens = None
         if documents:
-            begins = idx == eot
-            begins[:, 0] = True
+            begins = _begins(idx, eot)
             begins.reshape(-1)[n:] = False  # the filling needs no documents of its own
             cu_seqlens = _cu_seqlens(begins)
         yield Batch(torch.from_numpy(idx), torch.from_numpy(targets), n, cu_seqlens)
