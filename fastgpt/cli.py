@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import difflib
+import errno
 import json
 import os
 import sys
@@ -198,7 +199,7 @@ def train(argv: list[str], prog: str) -> int:
         from .estimate import estimate, report
 
         return _print(report(estimate(config), config) + "\n")
-    with _pipes_may_close():
+    with _output_may_fail():
         from .progress import ConsoleProgress
         from .train import EXIT_INTERRUPTED, Trainer
 
@@ -362,26 +363,28 @@ def _print(text: str) -> int:
 
 
 class _Forgiving:
-    """A text stream whose reader may go away: from then on, what is written goes nowhere."""
+    """A text stream that never fails: what its reader no longer takes, or its disk cannot hold, is lost."""
 
     def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with self._reader_may_be_gone():
+        with self._losses_allowed():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._reader_may_be_gone():
+        with self._losses_allowed():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def _reader_may_be_gone(self) -> Iterator[None]:
+    def _losses_allowed(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
             _silence(self.stream)
+        except OSError:
+            pass  # a full disk may have room again later
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -396,14 +399,19 @@ def _silence(stream: Any) -> None:
 
 
 @contextlib.contextmanager
-def _pipes_may_close() -> Iterator[None]:
-    """Training goes on where `fastgpt train | head` does not."""
+def _output_may_fail() -> Iterator[None]:
+    """Training goes on where its output does not: `fastgpt train | head`, or a log on a full disk."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except OSError:
+                _silence(stream)
 
 
 def _refuse(message: str) -> int:
@@ -438,7 +446,14 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as exit:
+            if exit.code:
+                raise
+            code = 0  # a help page was shown
+        sys.stdout.flush()
+        return code
     except (UserError, ConfigError) as error:
         return _refuse(str(error))
     except BrokenPipeError:
@@ -453,13 +468,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _refuse(f"the package {package} is missing; {REMEDIES.get(package, f'pip install {package}')}")
     except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
         if error.filename is None:
-            raise
-        return _refuse(f"{error.filename}: {error.strerror}")
-    except SystemExit as error:
-        if error.code:
-            raise
-        return 0  # a help page was shown
+            _silence(sys.stdout)
+        return _refuse(f"{error.filename or 'the output could not be written'}: {error.strerror}")
 
 
 if __name__ == "__main__":

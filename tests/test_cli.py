@@ -73,15 +73,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert min(seconds) < 0.5
 
 
-def test_no_help_page_imports_torch():
-    commands = [name for name in cli.COMMANDS if name != "data verify"]
+def test_no_help_page_imports_torch(here):
+    """Nor does a refusal, or printing the configuration."""
+    lines = [f"{name} --help" for name in cli.COMMANDS] + ["train --preset tiny --print-config", "train --stepz 3"]
     code = (
-        f"import sys; from fastgpt.cli import main; codes = [main([c, '--help']) for c in {commands}]\n"
-        "codes.append(main(['data', 'verify', '-h'])); print(codes, 'torch' in sys.modules)"
+        f"import sys; from fastgpt.cli import main; codes = [main(line.split()) for line in {lines}]\n"
+        "print(codes, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.stdout.splitlines()[-1] == f"{[0] * len(cli.COMMANDS)} False", done.stderr
-    for words in ("--model.n_embd", "--prompt", "--vocab_size", "--json", "INPUT", "RUN", "DIR", "Rotary"):
+    assert done.stdout.splitlines()[-1] == f"{[0] * (len(lines) - 1) + [2]} False", done.stderr
+    for words in ("--model.n_embd", "--prompt", "--vocab_size", "--json", "INPUT", "RUN", "DIR", "rotary"):
         assert words.lower() in done.stdout.lower()
 
 
@@ -547,13 +548,37 @@ def test_verify_names_shard_and_block(inside, capsys, tmp_path):
 # ---- real processes -----------------------------------------------------------------------------------------
 
 
-def test_a_closed_pipe_ends_a_command_quietly(here):
+@pytest.mark.parametrize("argv", [["train", "--print-config"], ["train", "--help"], []])
+def test_a_closed_pipe_ends_a_command_quietly(argv, here):
     read, write = os.pipe()
     os.close(read)
-    process = start("train", "--print-config", stdout=write)
+    process = start(*argv, stdout=write)
     os.close(write)
     assert process.communicate()[1] == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("argv", [["train", "--print-config"], ["train", "--help"], []])
+def test_a_full_disk_under_the_output_is_one_line(argv, here):
+    with open("/dev/full", "w") as full:
+        process = start(*argv, stdout=full)
+    assert process.communicate()[1] == "fastgpt: error: the output could not be written: No space left on device\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("end", ["closed pipe", "full disk"])
+def test_training_may_write_where_nothing_is_taken(name, end, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe, open("/dev/full", "w") as full:
+        stream = {"closed pipe": pipe, "full disk": full}[end]
+        monkeypatch.setattr(sys, name, stream)
+        with cli._output_may_fail():
+            for _ in range(3):
+                print("x" * 100_000, file=getattr(sys, name), flush=True)
+        assert getattr(sys, name) is stream
+        stream.flush()  # nothing is left that could fail when the process ends
 
 
 def test_training_survives_a_closed_pipe_and_a_signal_saves(inside, capsys, tmp_path):
