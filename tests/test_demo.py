@@ -235,19 +235,26 @@ def known(y):
 
 def test_signatures_are_whole_lines_that_the_training_text_lacks():
     documents = [Document("a.py", SOURCE), Document("broken.py", "def broken(:\n    pass\n")]
-    assert sorted(signatures(documents, 10)) == ["def known(y):", "def name(self):", "def plain(a, b):"]
-    assert sorted(signatures(documents, 10, training="x\ndef known(y):\n")) == ["def name(self):", "def plain(a, b):"]
+    assert sorted(signatures(documents, 10)) == ["    def name(self):", "def known(y):", "def plain(a, b):"]
+    assert sorted(signatures(documents, 10, training="x\ndef known(y):\n")) == [
+        "    def name(self):",
+        "def plain(a, b):",
+    ]
     assert signatures(documents, 2) == signatures(list(reversed(documents)), 2)
 
 
 def test_the_watched_line_is_a_function_with_arguments():
-    assert to_watch(["def f(self, x):", "def lower(text, table=None):"]) == "def lower(text, table=None):"
+    assert (
+        to_watch(["    def f(self, some, thing):", "def g(x):", "def lower(text, table=None):"])
+        == "def lower(text, table=None):"
+    )
     assert to_watch([]) is None
 
 
 @pytest.mark.parametrize(
     ("text", "finished", "body"),
     [
+        ("        return 1\n    def g():\n", False, "        return 1\n    def g():\n"),
         ("    return 1\n\ndef g():\n", False, "    return 1\n\n"),
         ("    return 1\n    x = ", False, "    return 1\n"),  # cut off by the length: the last line may be half
         ("    return 1", True, "    return 1"),  # the model ended it
@@ -256,8 +263,10 @@ def test_the_watched_line_is_a_function_with_arguments():
         ("", True, ""),
     ],
 )
-def test_a_body_ends_at_the_left_margin(text, finished, body):
-    assert function_body(text, finished=finished) == body
+def test_a_body_ends_where_the_signature_was_indented(text, finished, body):
+    assert function_body("def f(x):", text, finished=finished) == body
+    indented = "".join("    " + line if line.strip() else line for line in text.splitlines(keepends=True))
+    assert function_body("    def f(x):", indented, finished=finished).replace("    ", "") == body.replace("    ", "")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +316,8 @@ def test_judging():
     ]
     result = judge(["def f(x):"] * 5, bodies, training)
     assert (result.total, result.parses, result.does_something, result.good) == (5, 3, 2, 1)
+    method = judge(["    def f(self):"], ["        return 1\n"], training)
+    assert (method.parses, method.good) == (1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -110,18 +110,19 @@ class Demo:
 
     def say_hello(self) -> None:
         import torch
+        from rich.text import Text
 
         from ..machine import cores, cpu_name
+        from .screen import HEAD, MUTED
 
         screen, corpus = self.screen, self.corpus
         machine = f"{cpu_name()}, {cores()} cores"
         if self.device.type == "cuda":
             machine = torch.cuda.get_device_name(self.device)
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         screen.print()
-        screen.print("[bold]fastgpt[/]  from text to a GPT, on this machine")
-        screen.print(
-            f"[bright_black]{machine}; Python {platform.python_version()}, torch {torch.__version__}; {self.folder}[/]"
-        )
+        screen.print(Text.assemble(("fastgpt", HEAD), "  from text to a GPT, on this machine"))
+        screen.print(Text(f"{machine}; {versions}; {self.folder}", style=MUTED))
         screen.print()
         from .corpus import size
 
@@ -219,7 +220,7 @@ class Demo:
         try:
             progress = trainer.fit()
         finally:
-            watch.bar.close()
+            watch.close()
         if trainer.interrupted:
             self.stopped_at = progress.step
             return False
@@ -268,8 +269,10 @@ class Demo:
             return
         with self.screen.busy(f"completing {len(self.signatures)} functions"):
             prompts = [line + "\n" for line in self.signatures]
+            written = complete(self.model, self.tokenizer, prompts)
             bodies = [
-                function_body(text, finished=ended) for text, ended in complete(self.model, self.tokenizer, prompts)
+                function_body(line, text, finished=ended)
+                for line, (text, ended) in zip(self.signatures, written, strict=True)
             ]
             result = judge(self.signatures, bodies, self.training_text)
         with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
@@ -342,6 +345,7 @@ class Watch:
         self.times = [share * demo.seconds for share in settings.sample_at if share * demo.seconds < demo.expected]
         self.rungs: list[dict[str, Any]] = []
         self.paused = 0.0  # seconds spent evaluating and sampling
+        self.bar: Any = None
 
     def on_start(self, trainer: Any) -> None:
         from .screen import TrainingBar
@@ -361,7 +365,11 @@ class Watch:
         self.show(trainer, trainer.progress.seconds, metrics["val_bits_per_byte"])
 
     def on_end(self, trainer: Any) -> None:
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def pause(self, trainer: Any, at: float) -> None:
         """Evaluate the whole held-out split, and show what the model writes now."""
@@ -390,7 +398,7 @@ class Watch:
         label = f"{at:.0f}" if demo.seconds >= 60 else f"{at:.1f}".removesuffix(".0")
         ((text, ended),) = complete(trainer.model, demo.tokenizer, [demo.watched], WATCH_TOKENS)
         if demo.lexer == "python":
-            text = function_body(text, finished=ended) or text.split("\n")[0]
+            text = function_body(demo.watched, text, finished=ended) or text.split("\n")[0]
         self.rungs.append(
             {"at": label, "step": step, "seconds": trainer.progress.seconds, "bits_per_byte": bits_per_byte}
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 COPY_LENGTH = 50
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 160
 TEMPERATURE = 0.4  # greedy decoding falls into loops; higher ones into typing errors
 SEED = 1
 
@@ -41,8 +41,8 @@ class Verdict:
 def signatures(documents: Sequence[Document], count: int, training: str = "") -> list[str]:
     """Up to `count` signatures (`def f(x):`) from Python sources, in the order of their hashes, none twice.
 
-    Functions and methods alike, moved to the left margin, one line each, decorators left out; none that
-    `training` contains.
+    Functions and methods alike, as they are indented, one line each, decorators left out; none that `training`
+    contains.
     """
     found: dict[str, None] = {}
     for document in documents:
@@ -53,20 +53,19 @@ def signatures(documents: Sequence[Document], count: int, training: str = "") ->
         lines = document.text.splitlines()
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
-                line = lines[node.lineno - 1].strip()
-                if line.endswith(":") and len(line) <= 88 and _parses(line + "\n    pass\n"):
+                line = lines[node.lineno - 1].rstrip()
+                if line.endswith(":") and len(line) <= 88 and _parses(line.strip() + "\n    pass\n"):
                     found[line] = None
     order = sorted(found, key=lambda line: hashlib.sha256(line.encode()).digest())
-    unseen = (line for line in order if line not in training)
+    unseen = (line for line in order if line.strip() not in training)
     return list(itertools.islice(unseen, count))
 
 
 def to_watch(lines: Sequence[str]) -> str | None:
     """The one that is shown while the model learns: a function (not a method) with two arguments or more."""
     for line in lines:
-        arguments = ast.parse(line + "\n    pass\n").body[0].args  # type: ignore[attr-defined]
-        names = [argument.arg for argument in arguments.args]
-        if len(names) >= 2 and names[0] not in ("self", "cls") and 24 <= len(line) <= 60 and "_" not in line[:5]:
+        arguments = ast.parse(line.strip() + "\n    pass\n").body[0].args  # type: ignore[attr-defined]
+        if not line[0].isspace() and len(arguments.args) >= 2 and 24 <= len(line) <= 60:
             return line
     return lines[0] if lines else None
 
@@ -79,25 +78,31 @@ def _parses(source: str) -> bool:
     return True
 
 
-def function_body(text: str, *, finished: bool) -> str:
-    """The lines of a completion that belong to the function: up to the first that begins at the left margin.
+def function_body(signature: str, text: str, *, finished: bool) -> str:
+    """The lines of a completion that belong to the function: up to the first that is indented no further than the
+    signature.
 
     Where none does and the model did not end the text itself (`finished` false), the last line may have been
     cut off in the middle and is left out.
     """
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
-        if line.strip() and not line[0].isspace():
+        if line.strip() and _indent(line) <= _indent(signature):
             return "".join(lines[:number])
     if not finished and lines and not lines[-1].endswith("\n"):
         lines.pop()
     return "".join(lines)
 
 
+def _indent(line: str) -> int:
+    line = line.expandtabs()
+    return len(line) - len(line.lstrip())
+
+
 def does_something(source: str) -> bool:
     """True if the source parses as one function whose body is more than a docstring, `pass` and bare values."""
     try:
-        tree = ast.parse(textwrap.dedent(source))
+        tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
@@ -144,7 +149,7 @@ def _common(a: str, b: str) -> int:
 
 def judge(prompts: Sequence[str], bodies: Sequence[str], training: str) -> Verdict:
     """`bodies[i]` is what `function_body` kept of the completion of `prompts[i]`."""
-    sources = [f"{prompt}\n{body}" for prompt, body in zip(prompts, bodies, strict=True)]
+    sources = [textwrap.dedent(f"{prompt}\n{body}") for prompt, body in zip(prompts, bodies, strict=True)]
     parses = [bool(body.strip()) and _parses(source) for source, body in zip(sources, bodies, strict=True)]
     works = [p and does_something(source) for p, source in zip(parses, sources, strict=True)]
     own = [not copy for copy in copied(bodies, training)]

@@ -125,7 +125,7 @@ class Screen:
 
 def bar_of(length: float) -> str:
     """Block characters, exact to an eighth of a column."""
-    whole, part = divmod(round(length * 8), 8)
+    whole, part = divmod(max(0, round(length * 8)), 8)
     return "█" * whole + ("▏▎▍▌▋▊▉"[part - 1] if part else "")
 
 
