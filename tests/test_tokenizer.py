@@ -339,6 +339,7 @@ def test_training_is_deterministic(tmp_path):
     files = sorted(tmp_path.glob("*.txt"))
     expected = Tokenizer.train(files, 600).to_json()
     assert Tokenizer.train(reversed(files), 600).to_json() == expected
+    assert Tokenizer.train(files[::-1], 600, max_bytes=4000) == Tokenizer.train(files, 600, max_bytes=4000)
     assert Tokenizer.train(texts=texts[::-1], vocab_size=600).to_json() == expected
     program = (
         "import sys; from fastgpt.tokenizer import Tokenizer; "
@@ -460,6 +461,9 @@ def test_arrays_of_bad_ids_are_refused(tokenizer):
 def test_save_and_load(tokenizer, tmp_path):
     file = tokenizer.save(tmp_path)
     assert file == tmp_path / "tokenizer.json"
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as any file"
+    (tmp_path / "plain").unlink()
     for source in (file, str(file), tmp_path):
         loaded = Tokenizer.load(source)
         assert loaded == tokenizer
@@ -642,8 +646,10 @@ def test_a_name_without_its_files_fails_at_once(monkeypatch):
     forever = threading.Event()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: forever.wait())
     monkeypatch.setattr(module, "_FETCH_SECONDS", 0.05)
+    start = time.monotonic()
     with pytest.raises(UserError, match=r"no answer within 0\.05 s.*TIKTOKEN_CACHE_DIR"):
         Tokenizer.load("o200k_base")
+    assert time.monotonic() - start < 0.9
     forever.set()
 
 
