@@ -369,29 +369,20 @@ class _Forgiving:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with self._losses_allowed():
+        with contextlib.suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._losses_allowed():
+        with contextlib.suppress(OSError):
             self.stream.flush()
-
-    @contextlib.contextmanager
-    def _losses_allowed(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            _silence(self.stream)
-        except OSError:
-            pass  # a full disk may have room again later
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def _silence(stream: Any) -> None:
-    """Point the stream's descriptor at nothing, so that what its buffer still holds can be flushed."""
+    """Point the stream's descriptor at nothing, so that what its buffer still holds can be flushed at the exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -22,6 +22,7 @@ from fastgpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # output goes through buffers, as for everybody
 TINY = [
     *("--model.n_layer", "1", "--model.n_embd", "32", "--model.n_head", "2", "--model.block_size", "32"),
     *("--micro_batch_size", "2", "--batch_tokens", "128", "--precision", "float32"),
@@ -564,6 +565,17 @@ def test_a_full_disk_under_the_output_is_one_line(argv, here):
         process = start(*argv, stdout=full)
     assert process.communicate()[1] == "fastgpt: error: the output could not be written: No space left on device\n"
     assert process.returncode == 2
+
+
+def test_output_that_a_command_did_not_flush_counts_as_well(here):
+    code = (
+        "import sys; from fastgpt import cli\n"
+        "cli.COMMANDS['doctor'] = cli.Command(lambda argv, prog: print('x') or 0, '', '')\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert done.returncode == 2 and done.stderr.startswith(b"fastgpt: error: the output could not be written")
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
