@@ -27,11 +27,12 @@ Contract
 Sources: Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023; softcap: Gemma 2, 2024, section 2;
 the block-wise evaluation on a CPU follows the backward equations of Dao et al. 2022 (FlashAttention, appendix B.4).
 
-Which formulation runs where kernels do not (all of them differentiable twice, except where torch's own is not):
+Which formulation runs where kernels do not (differentiable twice, but for the last):
     plain        `reference`: a softmax over the whole (Tq, Tk) matrix in fp32 or fp64; for softcap, LSE, torch.func.
     by blocks    `_BlockedAttention`: on a CPU, for all else but lengths. In bf16 it rounds S and P to bf16, as torch's
                  own matmul, softmax, matmul does.
-    torch's      `F.scaled_dot_product_attention`: under torch.compile, on other devices, and for lengths.
+    torch's      `F.scaled_dot_product_attention`: under torch.compile, on other devices, for lengths, and for long fp32
+                 (see `_fused_is_faster`). Where it fuses, torch refuses a second derivative.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def attention(
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if softcap is not None or return_lse or contract.transformed():
         return reference(q, k, v, scale=scale, softcap=softcap, return_lse=return_lse, **masks)
-    if q.device.type == "cpu" and kv_lengths is None and not torch.compiler.is_compiling():
+    blocks_serve = q.device.type == "cpu" and kv_lengths is None and not torch.compiler.is_compiling()
+    if blocks_serve and not _fused_is_faster(q, k, causal, window, doc_start):
         return _by_blocks(q, k, v, scale, causal, window, doc_start, doc_end)
     return _by_torch(q, k, v, scale, **masks)
 
@@ -158,6 +160,18 @@ def _existing(x: Tensor, kv_lengths: Tensor | None) -> Tensor:
 # ---- torch's own fused attention --------------------------------------------------------------
 
 
+def _fused_is_faster(q: Tensor, k: Tensor, causal: bool, window: int | None, doc_start: Tensor | None) -> bool:
+    """Whether, on a CPU, torch's fused attention beats the blocks: plain fp32 whose probabilities cannot be kept.
+
+    Measured forward and backward: keeping them, the blocks take about as long in fp32 and half as long in bf16;
+    computing them again costs a quarter more than the fused kernel in fp32, and still only six tenths in bf16.
+    """
+    (B, Tq, H, _), Tk = q.shape, k.shape[1]
+    plain = window is None and doc_start is None and (Tq == Tk or not causal)
+    kept = B * H * Tq * Tk * q.element_size() // (2 if causal else 1)
+    return plain and q.dtype == torch.float32 and kept > KEPT_PROBABILITIES_BYTES
+
+
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, **masks) -> Tensor:
     if q.numel() == 0 or k.numel() == 0:
         return reference(q, k, v, scale=scale, **masks)
@@ -200,8 +214,8 @@ class _BlockedAttention(torch.autograd.Function):
     """Attention in blocks of query rows, each against the keys that it can see.
 
     q (B * KV, G, Tq, D), k, v (B * KV, Tk, D), contiguous; returns (B, Tq, KV * G, D). The G heads that share keys are
-    rows of one GEMM. Scores become probabilities, and their gradients become the scores', in place. Batched GEMMs and
-    the vectorised softmax run at two to three times the rate of torch's fused CPU backward in bf16, and 1.2 in fp32.
+    rows of one GEMM. Scores become probabilities, and their gradients become the scores', in place: batched GEMMs and
+    the vectorised softmax, which outrun torch's fused CPU backward where matrix units do bf16.
     """
 
     @staticmethod

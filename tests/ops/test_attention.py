@@ -1,6 +1,7 @@
 """Attention against the equations written out naively, on the edge cases that break kernels."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -105,8 +106,6 @@ def test_against_torchs_own(device, dtype):
 
 
 def test_probabilities_computed_again_give_the_same_gradients(device, monkeypatch):
-    import sys
-
     arguments = inputs(2, 150, 150, dtype=torch.bfloat16, device=device)
     kept = outputs_and_gradients(attention, arguments)
     monkeypatch.setattr(sys.modules["fastgpt.ops.attention"], "KEPT_PROBABILITIES_BYTES", 0)
@@ -114,9 +113,25 @@ def test_probabilities_computed_again_give_the_same_gradients(device, monkeypatc
         assert torch.equal(a, b)
 
 
-def test_gradients_stay_accurate_over_many_blocks(device):
-    # bf16 sums over blocks of queries: were dK and dV rounded after each, the mean error would grow
-    check_by_rule(attention, naive, inputs(1, 1024, 1024, 1, 1, 16, torch.bfloat16, device), "attention T=1024")
+@pytest.mark.parametrize("causal", (False, True))
+def test_long_fp32_by_the_rule(device, causal, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastgpt.ops.attention"], "KEPT_PROBABILITIES_BYTES", 0)
+    arguments = inputs(2, 150, 150, D=32, dtype=torch.float32, device=device)
+    check_by_rule(
+        lambda *t: attention(*t, causal=causal), lambda *t: naive(*t, causal=causal), arguments, f"causal={causal}"
+    )
+    assert attention(*arguments, causal=causal).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_gradients_stay_accurate_over_many_blocks(device, dtype):
+    # every key collects gradients from all blocks of queries: were dK and dV rounded after each, the error would grow
+    check_by_rule(
+        lambda *t: attention(*t, causal=False),
+        lambda *t: naive(*t, causal=False),
+        inputs(1, 8192, 16, 1, 1, 16, dtype, device),
+        "attention over many blocks",
+    )
 
 
 # ---- documents, lengths, rows that see nothing ----------------------------------------------

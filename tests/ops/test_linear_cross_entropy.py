@@ -181,6 +181,19 @@ def test_chunking_does_not_matter(device, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_weight_gradients_stay_accurate_over_many_chunks(device, dtype):
+    N = 16 * 128
+    targets = torch.arange(N, device=device) % 5  # so that every chunk adds to the same rows
+    x, weight, _ = arguments(N, 8, 40, dtype, device)
+    check_by_rule(
+        lambda x, w: linear_cross_entropy(x.abs(), w, targets),
+        lambda x, w: two_steps(x.abs(), w, targets),
+        [x, weight],
+        "many chunks",
+    )
+
+
 def test_accumulated_micro_batches_equal_one_batch(device):
     x, weight, _ = arguments(64 * 6, dtype=torch.float32, device=device)
     targets = some_targets(64 * 6, 40, device)

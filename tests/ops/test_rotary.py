@@ -77,6 +77,12 @@ def test_norm_by_the_rule(device, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_low_precision_is_rounded_once(device, dtype):
+    x, cos, sin = arguments(2, 33, 40, 32, dtype, device)
+    assert torch.equal(ours(x, cos, sin), ours(x.float(), cos, sin).to(dtype))
+
+
 def test_what_a_rotation_is(device):
     x, cos, sin = arguments(1, 9, device=device)
     y = ours(x, cos, sin)
