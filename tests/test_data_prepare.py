@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt.data import Dataset, documents, preparation, prepare, verify
+from fastgpt.data import Dataset, documents, preparation, prepare, shards, verify
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
 
@@ -57,10 +57,15 @@ def in_child(action, expected=0):
     return status
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Syncing matters when the power fails; a killed process's writes are safe with the kernel."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Many pieces, the state saved after each; without waiting for the disk, which a kill does not need."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    """Many pieces, the state saved after each."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 600)
     monkeypatch.setattr(documents, "PART_BYTES", 500)
     monkeypatch.setattr(documents, "SEARCH_BYTES", 100)
@@ -97,7 +102,10 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
     (tmp_path / "corpus" / "long.txt").write_text(text(77, 20_000) * 12)
     (tmp_path / "corpus" / "rows.jsonl").write_text("".join(json.dumps({"text": text(i, 9)}) + "\n" for i in range(99)))
     for workers in (1, 3):
-        prepare(config(tmp_path, out_dir=str(tmp_path / f"by{workers}"), workers=workers), progress=False)
+        prepare(
+            config(tmp_path, out_dir=str(tmp_path / f"by{workers}"), workers=workers, shard_tokens=100_000),
+            progress=False,
+        )
     assert contents(tmp_path / "by1") == contents(tmp_path / "by3")
 
 
@@ -300,23 +308,30 @@ def test_inputs_without_text_are_refused(tmp_path):
 # ---- kills -----------------------------------------------------------------------------------
 
 
-def kill_at(event, names):
-    """End this process with SIGKILL before the event-th call of any of these functions."""
-    calls = iter(range(event + 1))
+EVENTS = ((os, "fsync"), (os, "replace"), (os, "truncate"), (Path, "unlink"), (shards, "write_all"))
+
+
+def kill_at(event, count=None):
+    """End this process with SIGKILL at the event-th of EVENTS: before it, or in the midst of a write. Where that many
+    do not come, `count` is a file that takes their number."""
+    seen = 0
 
     def killing(function):
         def called(*args, **options):
-            if next(calls) == event:
+            nonlocal seen
+            if seen == event:
+                if function.__name__ == "write_all":
+                    args[0].write(args[1][: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+            if count:
+                count.write_text(str(seen))
             return function(*args, **options)
 
         return called
 
-    for owner, name in names:
+    for owner, name in EVENTS:
         setattr(owner, name, killing(getattr(owner, name)))
-
-
-EVENTS = [(os, "fsync"), (os, "replace"), (os, "truncate"), (Path, "unlink"), (preparation.ShardWriter, "_write")]
 
 
 @pytest.mark.parametrize(("files", "shard"), [(6, 200), (1, 100_000)])
@@ -324,35 +339,29 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_piece
     corpus(tmp_path / "corpus", documents=files, words=90)
     (tmp_path / "corpus" / "0001x.txt").write_bytes(text(2, 90).encode() + text(60, 500).encode())
 
-    def run(name):
-        settings = config(tmp_path, tokenizer="train", vocab_size=270, out_dir=str(tmp_path / name), shard_tokens=shard)
-        prepare(settings, progress=False)
+    base = config(tmp_path, tokenizer="train", vocab_size=270, shard_tokens=shard)
 
-    in_child(lambda: run("whole"))
+    def run(name):
+        prepare(base.replace(out_dir=str(tmp_path / name)), progress=False)
+
+    in_child(lambda: (kill_at(10**9, tmp_path / "count"), run("whole")))
     whole = contents(tmp_path / "whole")
     folder = tmp_path / "killed"
-    event, kills = 0, 0
-    while True:
-
-        def killed(event=event):
-            kill_at(event, EVENTS)
-            run("killed")
-
-        if in_child(killed, (0, -signal.SIGKILL)) == 0:
-            break
-        kills += 1
+    last = int((tmp_path / "count").read_text()) - 1
+    # every kind of moment: the beginning, the end, and between them at strides that share no rhythm with the pieces
+    moments = sorted({*range(6), *np.linspace(6, last - 6, 14).astype(int).tolist(), *range(last - 6, last + 1)})
+    for number, event in enumerate(moments):
+        in_child(lambda event=event: (kill_at(event), run("killed")), -signal.SIGKILL)
         assert not (folder / "dataset.json").exists() or contents(folder).items() >= whole.items()
         for path in folder.glob("*.bin"):
             assert path.stat().st_size == 1024 + 2 * int(np.fromfile(path, "<i4", 3)[2])
-        if event % 3 == 2:  # killed again while it goes on
-            in_child(lambda: (kill_at(9, EVENTS), run("killed")), (0, -signal.SIGKILL))
+        if number % 3 == 2:  # killed again while it goes on
+            in_child(lambda: (kill_at(9), run("killed")), (0, -signal.SIGKILL))
         in_child(lambda: run("killed"))
-        assert contents(folder) == whole, f"after a kill at event {event}"
+        assert contents(folder) == whole, f"after a kill at event {event} of {last}"
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-        event += 1 if event < 10 else 5
-    assert kills > 20
 
 
 SCRIPT = """
@@ -414,7 +423,7 @@ def test_a_dead_worker_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_an_interrupted_folder_takes_no_other_inputs(tmp_path, small_pieces):
     corpus(tmp_path / "corpus")
-    in_child(lambda: (kill_at(30, EVENTS), prepare(config(tmp_path), progress=False)), -signal.SIGKILL)
+    in_child(lambda: (kill_at(30), prepare(config(tmp_path), progress=False)), -signal.SIGKILL)
     before = contents(tmp_path / "data")
     with pytest.raises(UserError, match=r"interrupted prepare .*val_fraction was 0\.2 and now is 0\.5"):
         prepare(config(tmp_path, val_fraction=0.5), progress=False)

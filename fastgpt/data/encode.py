@@ -8,6 +8,8 @@ the pipe closes, however the caller died.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -24,7 +26,7 @@ import numpy as np
 
 from ..errors import UserError
 from .documents import InputError, Piece, cut, digest_of, next_cut
-from .shards import dtype_for
+from .shards import dtype_for, write_all
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -120,8 +122,10 @@ class Texts:
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
         name, offset = self.piece.where[0]
-        block, _ = self._decode(self.piece.data[0], name, offset, "byte")
-        for number, line in enumerate(block.split("\n"), self.piece.line + 1):
+        # line by line, not at once: one character outside of Latin-1 makes a text four times as large
+        for number, data in enumerate(self.piece.data[0].split(b"\n"), self.piece.line + 1):
+            line, _ = self._decode(data, name, offset, "byte")
+            offset += len(data) + 1
             if not line or line.isspace():
                 continue
             try:
@@ -174,34 +178,69 @@ class Inline:
         pass
 
 
+class _Channel:
+    """A pipe for a message and bytes beside it, which are not copied on their way more than the system must."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._file = open(connection.fileno(), "r+b", buffering=0, closefd=False)  # noqa: SIM115 - closed by close()
+
+    def send(self, message: Any, data: bytes | np.ndarray = b"") -> None:
+        """Raises OSError where the other end is gone."""
+        view = memoryview(data).cast("B")
+        self._connection.send((message, len(view)))
+        write_all(self._file, view)
+
+    def receive(self) -> tuple[Any, np.ndarray]:
+        """The message, and the bytes as (n,) uint8. Raises EOFError or OSError where the other end is gone."""
+        message, size = self._connection.recv()
+        data = np.empty(size, dtype=np.uint8)
+        view = memoryview(data)
+        while view:
+            read = self._file.readinto(view)
+            if not read:
+                raise EOFError
+            view = view[read:]
+        return message, data
+
+    def close(self) -> None:
+        self._file.close()
+        self._connection.close()
+
+
 class WorkerPool:
     """Worker processes, each served by a thread of this one, which only waits for its pipe."""
 
     def __init__(self, encoder: Encoder, workers: int):
         self.workers = workers
-        self._idle: queue.SimpleQueue[tuple[Connection, subprocess.Popen]] = queue.SimpleQueue()
-        self._all: list[tuple[Connection, subprocess.Popen]] = []
+        self._idle: queue.SimpleQueue[tuple[_Channel, subprocess.Popen]] = queue.SimpleQueue()
+        self._all: list[tuple[_Channel, subprocess.Popen]] = []
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         code = f"import sys; sys.path[:] = {sys.path!r}; from fastgpt.data.encode import serve; serve(int(sys.argv[1]))"
-        for _ in range(workers):
-            ours, theirs = Pipe()
-            with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", code, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    # one thread each: the workers themselves are the parallelism
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                )
-            self._all.append((ours, process))
-            self._idle.put((ours, process))
-        for connection, process in self._all:
-            try:
-                connection.send(encoder)
-            except OSError:
-                raise self._died(process) from None
+        try:
+            for _ in range(workers):
+                ours, theirs = Pipe()
+                with theirs:
+                    process = subprocess.Popen(
+                        [sys.executable, "-c", code, str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        # one thread each: the workers themselves are the parallelism
+                        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    )
+                self._all.append((_Channel(ours), process))
+            for channel, process in self._all:
+                try:
+                    channel.send(encoder)
+                except OSError:
+                    raise self._died(process) from None
+                self._idle.put((channel, process))
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, piece: Piece) -> Future[Encoded]:
+        """The piece's ids, when a worker has made them."""
         return self._threads.submit(self._run, piece)
 
     def close(self) -> None:
@@ -210,21 +249,23 @@ class WorkerPool:
         for _, process in self._all:
             process.kill()
         self._threads.shutdown(wait=True)
-        for connection, process in self._all:
-            connection.close()
+        for channel, process in self._all:
+            channel.close()
             process.wait()
 
     def _run(self, piece: Piece) -> Encoded:
-        connection, process = self._idle.get()
+        channel, process = self._idle.get()
         try:
-            connection.send(piece)
-            result = connection.recv()
+            lengths = [len(item) for item in piece.data]
+            channel.send((dataclasses.replace(piece, data=[]), lengths), b"".join(piece.data))
+            result, ids = channel.receive()
         except (EOFError, OSError):
             raise self._died(process) from None
         finally:
-            self._idle.put((connection, process))
+            self._idle.put((channel, process))
         if isinstance(result, BaseException):
             raise result
+        result.ids = ids.view(result.ids.dtype)
         return result
 
     @staticmethod
@@ -240,14 +281,18 @@ class WorkerPool:
 def serve(handle: int) -> None:
     """A worker's life: an Encoder, then pieces, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends the workers
-    connection = Connection(handle)
+    channel = _Channel(Connection(handle))
     with contextlib.suppress(EOFError, OSError):
-        encoder: Encoder = connection.recv()
+        encoder: Encoder = channel.receive()[0]
         while True:
-            piece: Piece = connection.recv()
-            result: Any
+            (piece, lengths), received = channel.receive()
+            data = received.tobytes()
+            ends = list(itertools.accumulate(lengths))
+            piece.data = [data[end - length : end] for end, length in zip(ends, lengths, strict=True)]
             try:
                 result = encoder.encode(piece)
             except Exception as error:  # raised again in the caller
-                result = error
-            connection.send(result)
+                channel.send(error)
+                continue
+            ids, result.ids = result.ids, result.ids[:0]
+            channel.send(result, ids)

@@ -263,10 +263,18 @@ class _Preparation:
         if resumed is not None and tokenizer.sha256 != resumed["tokenizer_sha256"]:
             raise UserError(f"{path} is not the tokenizer of the interrupted run; remove {self.folder} and start again")
         if resumed is None and self.tokenizer_owned:
-            write_atomically(path, tokenizer.to_json())
+            write_atomically(path, self._tokenizer_text(tokenizer))
         elif Tokenizer.load(path).sha256 != tokenizer.sha256:
             raise UserError(f"{path} is another tokenizer than {self.config.tokenizer}; choose another out_dir")
         return tokenizer
+
+    def _tokenizer_text(self, tokenizer: Tokenizer) -> str:
+        """The file that the tokenizer was loaded from, as it is, if it came from one."""
+        given = Path(self.config.tokenizer)
+        given = given / TOKENIZER_FILE if given.is_dir() else given
+        if self.config.tokenizer == "train" or not given.is_file():
+            return tokenizer.to_json()
+        return given.read_text(encoding="utf-8")
 
     def _training_texts(self) -> Iterator[str]:
         """Text of the training split, up to TRAINING_BYTES: the first part of every file, in proportion.
