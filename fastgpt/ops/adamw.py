@@ -138,9 +138,6 @@ def reference(
             grad_scale=None, found_inf=found_inf
         )  # fmt: skip
 
-    def store(p: Tensor, new: Tensor) -> None:
-        p.copy_(new if skip is None else torch.where(skip, p, new.to(p.dtype)))
-
     whole: dict[torch.dtype, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
     for i, (p, g, m, v, master) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, masters, strict=True)):
         target = p if p.dtype == m.dtype else master
@@ -150,17 +147,17 @@ def reference(
         flat = [p.view(-1), g.reshape(-1), m.view(-1), v.view(-1), None if target is None else target.view(-1)]
         for start in range(0, p.numel(), CHUNK):
             p_, g_, m_, v_, target_ = (None if t is None else t[start : start + CHUNK] for t in flat)
-            g_ = g_.to(m.dtype).contiguous() if clip is None else (g_.to(m.dtype) * clip).contiguous()
+            g_ = g_.to(m.dtype).contiguous() if clip is None else g_.to(m.dtype) * clip
             new = p_.to(m.dtype) if target_ is None else target_
             update([new], [g_], [m_], [v_])
             if target_ is None:
                 bits = random_bits(seed, step, tensor_ids[i], offsets[i] + start, p_.numel(), device)
-                store(p_, round_stochastically(new, bits))
+                p_.copy_(round_stochastically(new, bits))  # where skipped, exactly what it was
     for members in whole.values():
         update(*(list(column) for column in zip(*members, strict=True)))
     for p, master in zip(params, masters, strict=True):
         if master is not None:
-            store(p, master)
+            p.copy_(master if skip is None else torch.where(skip, p, master.to(p.dtype)))
 
 
 def _update_plainly(
@@ -215,7 +212,7 @@ def random_bits(
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """x (n,) float32 to bfloat16, away from zero where the 16 bits it loses and `bits` (n,) add up to a carry."""
     rounded = ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
 
 # ---- contract ---------------------------------------------------------------------------------

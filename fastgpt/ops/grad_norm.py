@@ -4,9 +4,9 @@
 
 The caller adds s over its processes and takes the root; scaling by min(1, limit / root) is then what "On the
 difficulty of training recurrent neural networks", Pascanu, Mikolov, Bengio 2013 (arXiv:1211.5063), algorithm 1, calls
-clipping. Summed in float32, or in float64 if any gradient is float64. Each tensor is cut, in row-major order, into
-runs of RUN elements, which are summed one by one and then together: the same bits for any number of threads, and
-without the error that one long float32 sum gathers (torch.linalg.vector_norm was seen off by 4e-4).
+clipping. Summed in float32, or in float64 if any gradient is float64. The tensors, each in row-major order, are laid
+end to end and cut into runs, which are summed one by one and then together: the same bits for any number of threads,
+and without the error that one long float32 sum gathers (torch.linalg.vector_norm was seen off by 4e-4).
 
 grads: any number of float64, float32, bfloat16, float16 tensors, of any shapes and strides, empty ones too, all on one
 device; none at all gives 0. They are not modified. A NaN or an inf gives a NaN or an inf. Not differentiable. Raises
@@ -23,9 +23,9 @@ from torch import Tensor
 from fastgpt import native
 from fastgpt.ops.contract import check_device, check_floating
 
-# Elements that are summed at once.
+# Elements in a run.
 RUN = 4096
-# Elements that are squared at once, so that the squares stay in the cache and need no memory to speak of: some RUNs.
+# Elements that are laid end to end at once: they stay in the cache, and need no memory to speak of.
 PIECE = 1 << 18
 
 
@@ -43,14 +43,16 @@ def grad_norm(grads: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def reference(grads: list[Tensor]) -> Tensor:
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    sums = [_sum_of_squares(g, wide) for g in grads if g.numel()]
-    if not sums:
-        return torch.zeros((), dtype=wide, device=grads[0].device if grads else None)
-    return _sum(torch.stack(sums))
-
-
-def _sum_of_squares(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return _sum(torch.stack([_sum(piece.to(dtype).square()) for piece in g.reshape(-1).split(PIECE)]))
+    sums, group, size = [], [], 0
+    for piece in (piece for g in grads for piece in g.reshape(-1).split(PIECE)):
+        group.append(piece.to(wide))
+        size += piece.numel()
+        if size >= PIECE:
+            sums.append(_sum(torch.cat(group).square_()))
+            group, size = [], 0
+    if group:
+        sums.append(_sum(torch.cat(group).square_()))
+    return _sum(torch.stack(sums)) if sums else torch.zeros((), dtype=wide)
 
 
 def _sum(x: Tensor) -> Tensor:

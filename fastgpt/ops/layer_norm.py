@@ -53,11 +53,8 @@ def reference(
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    dtype = x.dtype
-    wide = accumulator(dtype)
-    # With float32 weights torch's CPU kernel keeps float32 statistics for 16-bit x, and is faster than with 16-bit
-    # weights; elsewhere it refuses the mixture.
-    if x.device.type != "cpu":
-        x = x.to(wide)
+    # Not in 16 bits, which torch's CPU kernel takes too: it then adds up the gradients of weight and bias in 16 bits,
+    # and in bfloat16 a sum of ones stops at 256.
+    wide = accumulator(x.dtype)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.contiguous(), weight.shape, weight.to(wide), bias, eps).to(dtype)
+    return F.layer_norm(x.contiguous().to(wide), weight.shape, weight.to(wide), bias, eps).to(x.dtype)

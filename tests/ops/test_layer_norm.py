@@ -58,8 +58,29 @@ def test_rule_for_other_shapes(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_weights_with_16_bit_x(dtype: torch.dtype, device: str) -> None:
     x, weight, bias = inputs(64, 96, dtype=dtype, device=device, residual=False)
-    check_by_rule(ours, torchs, [x, weight.float(), bias.float()], "float32 weights")
+    wide = [x, weight.float(), bias.float()]
+    check_by_rule(ours, torchs, wide, "float32 weights")
     assert ours(x, weight.float()).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_statistics_of_16_bit_x_are_kept_in_float32(dtype: torch.dtype, device: str) -> None:
+    """So the bar is torch in float32, rounded; its own 16-bit LayerNorm on a CPU saves them in 16 bits."""
+
+    def wide(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torchs(*(t if t.dtype == torch.float64 else t.float() for t in (x, weight, bias))).to(x.dtype)
+
+    x, weight, bias = inputs(64, 96, dtype=dtype, device=device, residual=False)
+    check_by_rule(ours, wide, [x + 3, weight, bias], "against float32")
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_gradients_of_the_parameters_keep_growing(dtype: torch.dtype, device: str) -> None:
+    """Ones, added up in 16 bits, stop at 256 in bfloat16 and at 2048 in float16."""
+    x = randn(4096, 2, dtype=dtype, device=device)
+    weight, bias = (t.to(device, dtype).requires_grad_() for t in (torch.ones(2), torch.zeros(2)))
+    ours(x, weight, bias).sum().backward()
+    assert bias.grad.tolist() == [4096, 4096]
 
 
 def test_mean_far_from_zero(device: str) -> None:
