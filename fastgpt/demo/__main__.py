@@ -103,8 +103,8 @@ class Demo:
         path = self.config.corpus
         self.corpus = own_files(Path(path)) if path else standard_library()
         self.training_text = "\0".join(document.text for document in self.corpus.train)
-        self.signatures = signatures(self.corpus.val, SIGNATURES, self.training_text)
-        watched = to_watch(self.signatures)
+        lines = signatures(self.corpus.val, self.training_text)
+        self.signatures, watched = lines[:SIGNATURES], to_watch(lines)
         self.lexer = "python" if watched else "text"
         self.watched = watched + "\n" if watched else opening(self.corpus.val[0].text)
 
@@ -229,7 +229,7 @@ class Demo:
             "trained",
             f"{progress.step:,} steps in {progress.seconds:.0f} s (planned: {self.expected:.0f} s), "
             f"{short_number(progress.step * self.train_config.batch_tokens / progress.seconds)} tokens/s; "
-            f"{len(self.rungs) - 1} pauses to evaluate and sample, {watch.paused:.0f} s",
+            f"{watch.paused:.0f} s more to evaluate",
         )
         return True
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .corpus import Document
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 COPY_LENGTH = 50
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = 128
 TEMPERATURE = 0.4  # greedy decoding falls into loops; higher ones into typing errors
 SEED = 1
 
@@ -38,11 +37,11 @@ class Verdict:
     """Parses, does something, and is not copied."""
 
 
-def signatures(documents: Sequence[Document], count: int, training: str = "") -> list[str]:
-    """Up to `count` signatures (`def f(x):`) from Python sources, in the order of their hashes, none twice.
+def signatures(documents: Sequence[Document], training: str = "") -> list[str]:
+    """The function signatures (`def f(x):`) in Python sources, in the order of their hashes, none twice.
 
-    Functions and methods alike, as they are indented, one line each, decorators left out; none that `training`
-    contains.
+    Functions and methods alike, as they are indented, one line each, decorators left out; none that is a line of
+    `training` too.
     """
     found: dict[str, None] = {}
     for document in documents:
@@ -56,16 +55,18 @@ def signatures(documents: Sequence[Document], count: int, training: str = "") ->
                 line = lines[node.lineno - 1].rstrip()
                 if line.endswith(":") and len(line) <= 88 and _parses(line.strip() + "\n    pass\n"):
                     found[line] = None
-    order = sorted(found, key=lambda line: hashlib.sha256(line.encode()).digest())
-    unseen = (line for line in order if line.strip() not in training)
-    return list(itertools.islice(unseen, count))
+    seen = {line.strip() for line in training.splitlines()}
+    unseen = (line for line in found if line.strip() not in seen)
+    return sorted(unseen, key=lambda line: hashlib.sha256(line.encode()).digest())
 
 
 def to_watch(lines: Sequence[str]) -> str | None:
-    """The one that is shown while the model learns: a function (not a method) with two arguments or more."""
+    """The one that is shown while the model learns: a public function (no method) with two or three arguments."""
     for line in lines:
-        arguments = ast.parse(line.strip() + "\n    pass\n").body[0].args  # type: ignore[attr-defined]
-        if not line[0].isspace() and len(arguments.args) >= 2 and 24 <= len(line) <= 60:
+        function: Any = ast.parse(line.strip() + "\n    pass\n").body[0]
+        arguments = function.args
+        plain = not (line[0].isspace() or function.name.startswith("_") or arguments.vararg or arguments.kwarg)
+        if plain and 2 <= len(arguments.args) <= 3 and 16 <= len(line) <= 40:
             return line
     return lines[0] if lines else None
 
