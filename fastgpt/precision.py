@@ -33,16 +33,21 @@ def apply_precision(model: GPT, precision: str) -> GPT:
     return model
 
 
-def measure_precision(config: TrainConfig, device: torch.device, repeats: int = 3) -> tuple[str, dict[str, float]]:
-    """The faster of float32 and bfloat16 for this model here, and the seconds of one micro-batch in each.
+# A few thousand tokens tell the two dtypes apart; a full micro-batch of a large model would take minutes.
+MEASURED_TOKENS = 2048
 
-    Forward and backward of one micro-batch of random tokens, the quickest of `repeats` after a warm-up, the two
-    dtypes in turn. A GPU takes bfloat16 without measuring.
+
+def measure_precision(config: TrainConfig, device: torch.device, repeats: int = 3) -> tuple[str, dict[str, float]]:
+    """The faster of float32 and bfloat16 for this model here, and the seconds that each took.
+
+    Forward and backward of a micro-batch of random tokens, or of as many of its rows as hold MEASURED_TOKENS; the
+    quickest of `repeats` after a warm-up, the two dtypes in turn. A GPU takes bfloat16 without measuring.
     """
     if device.type != "cpu":
         return "bfloat16", {}
     draw = torch.Generator().manual_seed(0)
-    shape = (config.micro_batch_size, config.model.block_size)
+    block_size = config.model.block_size
+    shape = (min(config.micro_batch_size, max(1, MEASURED_TOKENS // block_size)), block_size)
     idx = torch.randint(config.model.vocab_size, shape, generator=draw)
     models = {name: apply_precision(GPT(config.model, draw), name) for name in ("float32", "bfloat16")}
     seconds = dict.fromkeys(models, float("inf"))
