@@ -93,3 +93,22 @@ def nvidia_driver() -> str | None:
         if word[0].isdigit() and "." in word:
             return word
     return "unknown" if Path("/dev/nvidia0").exists() else None
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what the process frees, instead of returning it to the system; True where it does.
+
+    A training step on a CPU frees and takes the same buffers again and again. By default glibc maps the large ones
+    anew each time, and the system clears every page: a third of a small model's step. Holds for the whole process;
+    only glibc (Linux) can be told, elsewhere nothing happens.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    # some versions of glibc refuse more than half of a heap, 32 MiB
+    kept = mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(kept)

@@ -93,6 +93,8 @@ class AdamW(torch.optim.Optimizer):
                 state["master"] = p.detach().to(torch.float32)
 
     def _update(self, group: dict, params: list[Tensor], clip: Tensor | None, skip: Tensor | None) -> None:
+        # random bits differ by parameter, whichever groups they are in
+        number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         for count, members in self._by_step(params):
             states = [self.state[p] for p in members]
             count += 1.0 if skip is None else (skip == 0).to(count.dtype)
@@ -111,6 +113,7 @@ class AdamW(torch.optim.Optimizer):
                 clip=clip,
                 skip=skip,
                 seed=self.seed if self.stochastic_rounding else None,
+                tensor_ids=[number[p] for p in members] if self.stochastic_rounding else None,
             )
 
     def _by_step(self, params: list[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:

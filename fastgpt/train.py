@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
 from .flops import flops_per_token, peak_flops
+from .machine import keep_freed_memory
 from .metrics import MetricsLog
 from .model import GPT
 from .optim import build_optimizer
@@ -109,6 +110,8 @@ class Trainer:
         self.data.check(config.model.vocab_size, config.model.block_size)
         self.validation = self.dataset.split("val")
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._lock = _lock_folder(self.run_dir)
 
         checkpoint = self._find_checkpoint(resume)
