@@ -49,6 +49,13 @@ def test_keys_give_permutations_of_their_own():
     assert abs(steps.mean() / (n / 3) - 1) < 0.05
 
 
+def test_places_that_share_half_their_bits_part():
+    """Two rounds of a Feistel network keep the difference of two indices that agree in the lower half."""
+    places = permute(np.arange(4096), 4096, keys(5, 4096))
+    differences = (places[:-64] ^ places[64:]) >> 6
+    assert len(np.unique(differences)) == 64
+
+
 def test_a_permutation_of_more_than_32_bits():
     n = 10**12 + 39
     places = permute(np.arange(5000), n, keys(7, 5000))

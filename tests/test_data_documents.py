@@ -83,8 +83,8 @@ def test_marks_delimit_the_documents_of_txt(tmp_path, name, content, expected):
 
 
 def test_marks_are_found_wherever_the_blocks_end(tmp_path, small_limits):
-    for shift in range(20):
-        contents = ["x" * (130 + shift), "y" * (300 + shift), "z" * 450, "w"]
+    for shift in range(160):
+        contents = ["x" * (130 + shift), "y" * (200 + shift), "z" * (420 + shift), "w"]
         path = write(tmp_path / "a.txt", "\r\n<|endoftext|>\n".join(contents))
         assert texts(path) == contents
 
@@ -265,6 +265,7 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path, monkeypatch, name):
         ("a.txt.gz", b"one\xc0", "0xc0 at byte 3"),
         ("a.py", b"\xff\xfeo\x00", "0xff at byte 0"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "0xff at byte 24"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "0xff at byte 24"),
         ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "line 2: a lone surrogate"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": ', "line 3: not JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ def in_child(action, expected=0):
     child = os.fork()
     if child == 0:
         try:
+            gc.disable()  # it would copy every page that parent and child share
             signal.alarm(60)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the child
             action()
@@ -152,6 +154,16 @@ def test_a_corpus_of_few_documents_gives_its_end_to_validation(tmp_path, files):
     assert (train.documents, val.documents) == (files, 1)
     assert meta["splits"]["val"]["text_bytes"] == len(joined) - at
     assert train.text_bytes + val.text_bytes == sum(len(t.encode()) for t in expected)
+
+
+@pytest.mark.parametrize("length", [400, 401, 402])
+def test_a_character_is_not_cut_in_two(tmp_path, length):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_bytes(("漢" * length).encode())  # three tokens to a character
+    prepare(config(tmp_path, val_fraction=0.1), progress=False)
+    dataset = Dataset.open(tmp_path / "data")
+    (train,), (val,) = decoded(dataset, "train"), decoded(dataset, "val")
+    assert train + val == "漢" * length and len(val) > length / 10 - 2
 
 
 def test_a_tokenizer_is_trained_on_the_training_split_alone(tmp_path, monkeypatch):
@@ -334,9 +346,10 @@ def kill_at(event, count=None):
         setattr(owner, name, killing(getattr(owner, name)))
 
 
-@pytest.mark.parametrize(("files", "shard"), [(6, 200), (1, 100_000)])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_pieces, files, shard):
-    corpus(tmp_path / "corpus", documents=files, words=90)
+@pytest.mark.parametrize(("files", "shard", "end"), [(6, 200, 8), (1, 100_000, 24)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_pieces, files, shard, end):
+    copies = corpus(tmp_path / "corpus", documents=files, words=90)
+    (tmp_path / "corpus" / "9999.txt").write_bytes("<|endoftext|>".join(copies).encode())
     (tmp_path / "corpus" / "0001x.txt").write_bytes(text(2, 90).encode() + text(60, 500).encode())
 
     base = config(tmp_path, tokenizer="train", vocab_size=270, shard_tokens=shard)
@@ -349,14 +362,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_piece
     folder = tmp_path / "killed"
     last = int((tmp_path / "count").read_text()) - 1
     # every kind of moment: the beginning, the end, and between them at strides that share no rhythm with the pieces
-    moments = sorted({*range(6), *np.linspace(6, last - 6, 14).astype(int).tolist(), *range(last - 6, last + 1)})
+    moments = sorted(
+        {*range(6), *np.linspace(6, last - end, 8).astype(int).tolist(), *range(last - end, last + 1, 1 + end // 12)}
+    )
     for number, event in enumerate(moments):
         in_child(lambda event=event: (kill_at(event), run("killed")), -signal.SIGKILL)
         assert not (folder / "dataset.json").exists() or contents(folder).items() >= whole.items()
         for path in folder.glob("*.bin"):
             assert path.stat().st_size == 1024 + 2 * int(np.fromfile(path, "<i4", 3)[2])
-        if number % 3 == 2:  # killed again while it goes on
-            in_child(lambda: (kill_at(9), run("killed")), (0, -signal.SIGKILL))
+        if number % 4 == 2:  # killed again while it goes on
+            in_child(lambda: (kill_at(40), run("killed")), (0, -signal.SIGKILL))
         in_child(lambda: run("killed"))
         assert contents(folder) == whole, f"after a kill at event {event} of {last}"
         for path in folder.iterdir():
