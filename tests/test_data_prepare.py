@@ -156,6 +156,29 @@ def test_a_corpus_of_few_documents_gives_its_end_to_validation(tmp_path, files):
     assert train.text_bytes + val.text_bytes == sum(len(t.encode()) for t in expected)
 
 
+@pytest.mark.parametrize("fraction", [0.3, 0.9])
+def test_training_is_never_left_without_text(tmp_path, fraction):
+    """One long document and a short one: by their hashes, validation would get the long one, or both."""
+    (tmp_path / "corpus").mkdir()
+    contents = ["x y " * 300, "short"]
+    for seed in range(6):
+        contents[0] += "z"
+        for number, content in enumerate(contents):
+            (tmp_path / "corpus" / f"{number}.txt").write_text(content)
+        out = tmp_path / str(seed)
+        meta = prepare(config(tmp_path, out_dir=str(out), val_fraction=fraction), progress=False)
+        dataset = Dataset.open(out)
+        sizes = {split: len(dataset.split(split)) for split in ("train", "val")}
+        assert min(sizes.values()) > 0
+        if fraction < 0.5:
+            assert sizes["train"] > sizes["val"]
+        found = decoded(dataset, "train") + decoded(dataset, "val")
+        assert sum(map(len, found)) == sum(map(len, contents))
+        for split in ("train", "val"):
+            assert meta["splits"][split]["documents"] == len(decoded(dataset, split))
+            assert meta["splits"][split]["text_bytes"] == len("".join(decoded(dataset, split)))
+
+
 @pytest.mark.parametrize("length", [400, 401, 402])
 def test_a_character_is_not_cut_in_two(tmp_path, length):
     (tmp_path / "corpus").mkdir()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import write_atomically
 from .shards import (
     BLOCK_BYTES,
     HEADER_BYTES,
@@ -19,7 +20,6 @@ from .shards import (
     dtype_for,
     dtype_named,
     read_shard,
-    write_atomically,
 )
 
 if TYPE_CHECKING:

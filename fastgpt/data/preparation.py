@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -31,11 +30,12 @@ import numpy as np
 
 from ..config import PrepareConfig
 from ..errors import UserError
+from ..files import FolderLock, sync, write_atomically
 from .dataset import DATASET_FILE, SPLITS, TOKENIZER_FILE, Dataset, read_meta, write_meta
 from .digests import DigestSet
 from .documents import DIGEST_BYTES, InputError, InputFile, Piece, Position, digest_of, find_files, read_pieces
 from .encode import Encoded, Encoder, Inline, Texts, WorkerPool
-from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for, sync_folder, write_atomically
+from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -89,17 +89,14 @@ def prepare(config: PrepareConfig, progress: bool = True) -> dict[str, Any]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock ends with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another prepare is at work in {folder}; wait for it or choose another out_dir") from None
-        except OSError:
-            pass  # a file system without locks
+        lock = FolderLock(folder)
+    except BlockingIOError:
+        raise UserError(f"another prepare is at work in {folder}; wait for it or choose another out_dir") from None
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 class _Preparation:
@@ -386,28 +383,40 @@ class _Preparation:
         self.show.update(self.consumed, self._text_bytes())
 
     def _cut_validation(self, tokenizer: Tokenizer) -> None:
-        """Where no document fell to validation (a single long text, say), give it the end of the training split."""
+        """Where documents are so few that their hashes give no fair split (a single long text, say), validation gets
+        the end of the whole text instead."""
         train, val = self.writers["train"], self.writers["val"]
-        if self.config.val_inputs or self.config.val_fraction == 0 or val.tokens or train.tokens < 2:
+        fraction = self.config.val_fraction
+        if self.config.val_inputs or fraction == 0:
             return
-        count = math.ceil(self.config.val_fraction * train.tokens)
-        start = train.tokens - count
+        if val.tokens > train.tokens and (fraction < 0.5 or not train.tokens):
+            moved = self.counts["val"]
+            self.counts["train"] = {name: count + moved[name] for name, count in self.counts["train"].items()}
+            self.counts["val"] = dict.fromkeys(moved, 0)
+            self._move(val, train, 0)
+        if val.tokens or train.tokens < 2:
+            return
+        start = train.tokens - math.ceil(fraction * train.tokens)
         while start > 1 and tokenizer.decode_bytes(train.read(start, start + 1))[0] & 0xC0 == 0x80:
             start -= 1  # not inside a character
         documents = text_bytes = 0
-        for first in range(start, train.tokens, BLOCK_BYTES):
-            ids = train.read(first, min(first + BLOCK_BYTES, train.tokens))
+        for ids in train.blocks(start):
             ends = int(np.count_nonzero(ids == tokenizer.eot_id))
             documents += ends
             text_bytes += len(tokenizer.decode_bytes(ids[ids != tokenizer.eot_id]))
-            val.append(ids)
-        whole = int(train.read(start - 1, start)[0]) == tokenizer.eot_id  # the cut falls between two documents
+        whole = start and int(train.read(start - 1, start)[0]) == tokenizer.eot_id  # the cut is between two documents
         self.counts["val"] = {"documents": documents, "text_bytes": text_bytes}
         self.counts["train"]["text_bytes"] -= text_bytes
         self.counts["train"]["documents"] -= documents - (not whole)
-        # the state says that train is shorter before it is: a run killed here cuts it when it goes on
-        self._save({"train": start})
-        train.truncate(start)
+        self._move(train, val, start)
+
+    def _move(self, source: ShardWriter, target: ShardWriter, start: int) -> None:
+        """Move a split's ids from `start` on to the other split; the counts are already those after it."""
+        for ids in source.blocks(start):
+            target.append(ids)
+        # the state says that the source is shorter before it is: a run killed here cuts it when it goes on
+        self._save({source.split: start})
+        source.truncate(start)
 
     def _finish(self, tokenizer: Tokenizer) -> dict[str, Any]:
         if not any(writer.tokens for writer in self.writers.values()):
@@ -509,16 +518,14 @@ class _Preparation:
     def _remove_temporaries(self) -> None:
         for name in (DIGESTS_FILE, STATE_FILE):  # the state last: it is what says whose the others are
             (self.folder / name).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _clean(self) -> None:
         """Remove everything that this preparation has written."""
         self._close()
-        for pattern in (*(f"{split}-*.bin*" for split in SPLITS), f"{DATASET_FILE}.partial"):
-            for path in self.folder.glob(pattern):
+        for split in SPLITS:
+            for path in self.folder.glob(f"{split}-*.bin*"):
                 path.unlink()
-        for name in (f"{TOKENIZER_FILE}.partial", f"{STATE_FILE}.partial"):
-            (self.folder / name).unlink(missing_ok=True)
         if self.tokenizer_owned:
             (self.folder / TOKENIZER_FILE).unlink(missing_ok=True)
         self._remove_temporaries()

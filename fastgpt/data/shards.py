@@ -11,7 +11,6 @@ read our shards and we read theirs. nanoGPT's files are the bare uint16 ids; the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import sync
 
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
@@ -112,27 +112,6 @@ def block_checksums(path: Path, offset: int, block_bytes: int = BLOCK_BYTES) -> 
         file.seek(offset)
         while block := file.read(block_bytes):
             yield zlib.crc32(block)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut, where the file system lets a folder be synced."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 class ShardWriter:
@@ -231,6 +210,11 @@ class ShardWriter:
             parts.append(np.fromfile(path, self.dtype, count=last - first, offset=offset))
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
+    def blocks(self, start: int) -> Iterator[np.ndarray]:
+        """What has been written from `start` on, up to 2^20 ids at a time."""
+        for first in range(start, self.tokens, 1 << 20):
+            yield self.read(first, min(first + (1 << 20), self.tokens))
+
     def _final(self, number: int) -> Path:
         return self.folder / f"{self.split}-{number:05d}.bin"
 
@@ -265,7 +249,7 @@ class ShardWriter:
         self.close()
         partial, final = self._partial(len(self.shards)), self._final(len(self.shards))
         os.replace(partial, final)
-        sync_folder(self.folder)
+        sync(self.folder)
         size = HEADER_BYTES + self._count * self.dtype.itemsize
         self.shards.append({"file": final.name, "tokens": self._count, "bytes": size, "crc32": self._crcs})
         self._start_shard()

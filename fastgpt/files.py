@@ -1,0 +1,64 @@
+"""Files that are whole or not there, and folders that one process holds at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk, or a folder, so that renames in it survive a power cut; not every file system lets a
+    folder be flushed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if path.is_dir():
+            with contextlib.suppress(OSError):
+                os.fsync(handle)
+        else:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part. Raises OSError where it cannot
+    be written, leaving nothing; what a kill leaves is overwritten the next time."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+class FolderLock:
+    """Holds a folder for this process until `release`, or until the process ends, however it ends.
+
+    Raises BlockingIOError where another process holds it. A file system without locks is taken as it is.
+    """
+
+    def __init__(self, folder: Path):
+        self._handle: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise
+        except OSError:
+            pass
+
+    @property
+    def held(self) -> bool:
+        return self._handle is not None
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
