@@ -15,7 +15,6 @@ folder under a final name is complete. Nothing is pickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -32,14 +31,20 @@ from torch import Tensor
 
 from .config import ConfigError, ModelConfig
 from .errors import UserError
+from .files import sync, write_atomically
 
 if TYPE_CHECKING:
     from .model import GPT
+    from .optim import AdamW
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(UserError):
+    """Truncated, changed or incomplete on the disk: the one before it may serve instead."""
 
 
 @dataclass
@@ -53,26 +58,6 @@ class Checkpoint:
 
 
 # ---- writing -----------------------------------------------------------------------------------
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -150,6 +135,17 @@ class Keeper:
         self.retry_at: int | None = None
         self.last_saved: int | None = None
 
+    def tidy(self, step: int) -> None:
+        """Before a run goes on from `step`: remove what a kill left half-done, and set damaged newer checkpoints
+        aside (as damaged-step-N), whose places will be needed. Only for whoever holds the run's folder."""
+        root = self.run_dir / CHECKPOINTS
+        for pattern in (".saving-*", ".deleting-*"):
+            for leftover in root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for path in steps_on_disk(self.run_dir):
+            if int(path.name.split("-")[1]) > step:
+                os.replace(path, path.with_name(f"damaged-{path.name}"))
+
     def save(self, step: int, weights: dict, optimizer: dict, state: dict[str, Any], best_step: int | None) -> bool:
         """True where a checkpoint of this step is now on the disk."""
         if self.last_saved == step:
@@ -198,16 +194,20 @@ def read_state(path: str | Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         recorded = state.pop("state_sha256")
         if _digest(state) != recorded:
-            raise UserError(f"{path}: {STATE} is damaged (its checksum does not match); use another checkpoint")
+            raise DamagedCheckpoint(f"{path}: {STATE} is damaged (its checksum does not match); use another checkpoint")
         if state["format"] != FORMAT:
             raise UserError(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}")
         state["sha256"], state["step"]
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} is not a checkpoint: it has no {STATE}; expected .../checkpoints/step-N") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {STATE} cannot be read ({error}); use another checkpoint") from None
+        raise DamagedCheckpoint(
+            f"{path} is not a checkpoint: it has no {STATE}; expected .../checkpoints/step-N"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path}: {STATE} is damaged ({error}); use another checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: {STATE} cannot be read ({error.strerror})") from None
     return state
 
 
@@ -217,12 +217,16 @@ def _read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
 
     try:
         if _sha256(path) != expected_sha256:
-            raise UserError(f"{path} is damaged (its checksum does not match state.json); use another checkpoint")
+            raise DamagedCheckpoint(
+                f"{path} is damaged (its checksum does not match state.json); use another checkpoint"
+            )
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; use another checkpoint") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); use another checkpoint") from None
+        raise DamagedCheckpoint(f"{path} is missing; use another checkpoint") from None
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}); use another checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def load(path: str | Path, optimizer: bool = True) -> Checkpoint:
@@ -237,18 +241,16 @@ def load(path: str | Path, optimizer: bool = True) -> Checkpoint:
 def latest(run_dir: str | Path, warn: Callable[[str], None] | None = None, optimizer: bool = True) -> Checkpoint | None:
     """The newest intact checkpoint of a run, or None where there is none at all.
 
-    A damaged one is reported through `warn` (stderr when not given), set aside as `damaged-...`, and the one
-    before it taken. Raises UserError where all are damaged.
+    A damaged one is reported through `warn` (stderr when not given) and the one before it taken; nothing on the
+    disk is changed. Raises UserError where all are damaged, or the newest is of another format.
     """
     warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
     found = steps_on_disk(run_dir)
     for path in reversed(found):
         try:
             return load(path, optimizer)
-        except UserError as error:
-            warn(f"{error}; set aside, and the one before it is tried")
-            with contextlib.suppress(OSError):  # a folder that may only be read
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
+        except DamagedCheckpoint as error:
+            warn(f"{error}; the one before it is tried")
     if found:
         raise UserError(f"{run_dir}: none of its {len(found)} checkpoints can be read; start a new run")
     return None
@@ -308,8 +310,9 @@ def training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict
     return weights, moments
 
 
-def load_training_tensors(model: GPT, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """The inverse of `training_tensors`. Raises UserError where keys or shapes do not fit."""
+def load_training_tensors(model: GPT, optimizer: AdamW, checkpoint: Checkpoint, other_optimizer: bool = False) -> None:
+    """The inverse of `training_tensors`. Raises UserError where keys or shapes do not fit; with `other_optimizer`, a
+    parameter whose state is of another kind begins afresh instead."""
     load_weights(model, checkpoint.weights, checkpoint.path / MODEL)
     names = _parameter_names(model, optimizer)
     rows, parameters = model.logical_rows(), dict(model.named_parameters())
@@ -326,8 +329,17 @@ def load_training_tensors(model: GPT, optimizer: torch.optim.Optimizer, checkpoi
             value = padded
         state.setdefault(names.index(name), {})[what] = value
     for group in optimizer.param_groups:
+        expected = {"step", *optimizer.moments(group)}
         for p in group["params"]:
             name = next(n for n, own in parameters.items() if own is p)
+            found = state.get(names.index(name), {}).keys()
+            if found and found != expected:
+                if not other_optimizer:
+                    raise UserError(
+                        f"{checkpoint.path / OPTIMIZER}: {name} has {', '.join(sorted(found))}; expected "
+                        f"{', '.join(sorted(expected))}"
+                    )
+                del state[names.index(name)]
             if optimizer.uses_master(p, group) and names.index(name) in state:
                 master = torch.zeros_like(p, dtype=torch.float32)
                 saved = checkpoint.weights[name]
@@ -356,4 +368,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         return model, None
     from .tokenizer import Tokenizer
 
-    return model, Tokenizer.load(file)
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.sha256 != checkpoint.state.get("tokenizer_sha256", tokenizer.sha256):
+        raise UserError(f"{file} is not the tokenizer that {checkpoint.path} was trained with; put the right one back")
+    return model, tokenizer

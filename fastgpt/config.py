@@ -404,7 +404,7 @@ class DataConfig(_Config):
     path: str = "data"
     """Folder with dataset.json and the shards, as written by `fastgpt prepare`."""
     documents: bool = False
-    """Keep attention, positions and targets inside one document."""
+    """Keep attention and positions inside one document, which begins at its `<|endoftext|>`."""
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ class OptimConfig(_Config):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine to the end; warm-up, stable, linear decay (wsd); or constant."""
     warmup_steps: int = _number(100, 0)
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up; the first step already moves."""
     decay_fraction: float = _number(0.2, 0.0, 1.0)
     """wsd: share of all steps that the final decay takes."""
     min_lr_fraction: float = _number(0.1, 0.0, 1.0)

@@ -36,8 +36,8 @@ def sampling_probabilities(
 
 
 def _check(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None):
-    if idx.dim() != 2 or idx.shape[1] == 0:
-        raise ValueError(f"idx must be (B, T) with at least one token, got {tuple(idx.shape)}")
+    if idx.dim() != 2 or idx.numel() == 0:
+        raise ValueError(f"idx must be (B, T) with at least one row and one token, got {tuple(idx.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if temperature < 0.0:
@@ -81,13 +81,15 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths.to(idx.device)
+        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths.to(idx.device).long()
+        if lengths.shape != (B,) or not bool(((lengths >= 1) & (lengths <= T)).all()):
+            raise ValueError(f"lengths must be (B,) = ({B},) numbers from 1 to {T}, got {lengths.tolist()}")
         rows = torch.arange(B, device=idx.device)
-        tokens = torch.cat([idx, idx[rows, lengths - 1][:, None].expand(B, max_new_tokens)], dim=1)
+        tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         stops = torch.tensor(list(stop_ids), device=idx.device, dtype=idx.dtype)
         finished = torch.zeros(B, device=idx.device, dtype=torch.bool)
         reader = _Reader(model, B, min(model.config.block_size, T + max_new_tokens), use_cache)
-        for step in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             logits = reader.next_logits(tokens, lengths)
             probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
             if temperature == 0.0:
@@ -95,17 +97,17 @@ def generate(
             else:
                 new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             new = torch.where(finished, tokens[rows, lengths - 1], new.to(tokens.dtype))
-            # later columns too: they are the padding of a row that ends earlier than the longest
-            beyond = torch.arange(tokens.shape[1], device=idx.device) >= lengths[:, None]
-            tokens = torch.where(beyond, new[:, None], tokens)
+            tokens[rows, lengths] = new
             lengths = lengths + 1
             if on_token is not None:
                 on_token(new)
             if len(stops):
                 finished |= (new[:, None] == stops).any(-1)
                 if bool(finished.all()):
-                    return tokens[:, : T + step + 1]
-        return tokens
+                    break
+        tokens = tokens[:, : int(lengths.max())]
+        beyond = torch.arange(tokens.shape[1], device=idx.device) >= lengths[:, None]
+        return torch.where(beyond, tokens[rows, lengths - 1][:, None], tokens)
     finally:
         model.train(was_training)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import write_atomically
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -32,8 +34,6 @@ class MetricsLog:
     """Appends to metrics.jsonl; lines of steps after `step` (a resume goes back to its checkpoint) are dropped."""
 
     def __init__(self, path: str | Path, step: int):
-        from .checkpoint import write_atomically
-
         self.path = Path(path)
         if self.path.exists():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -41,7 +41,9 @@ class MetricsLog:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        """Append one line; a number that is not finite, which JSON cannot hold, becomes null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -275,12 +275,15 @@ class GPT(nn.Module):
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have the shape of idx {tuple(idx.shape)}, got {tuple(targets.shape)}")
         used = cache.filled if cache is not None else 0
+        held = f" after {used} cached" if used else ""
         if used + idx.shape[1] > self.config.block_size:
-            held = f" after {used} cached" if used else ""
             raise ValueError(f"got {idx.shape[1]} tokens{held}, but block_size is {self.config.block_size}")
+        if cache is not None and used + idx.shape[1] > cache.keys.shape[2]:
+            raise ValueError(f"got {idx.shape[1]} tokens{held}, but the cache has room for {cache.keys.shape[2]}")
 
         context = self._context(idx, cu_seqlens, cache)
-        delta, residual = ops.embedding(idx, self.token_embedding.weight), None
+        # the real rows alone, so that an id past the vocabulary is refused instead of reading padding
+        delta, residual = ops.embedding(idx, self.token_embedding.weight[: self.config.vocab_size]), None
         if self.config.positions == "learned":
             table = self.position_embedding
             T = idx.shape[1]

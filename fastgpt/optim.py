@@ -75,11 +75,12 @@ class AdamW(torch.optim.Optimizer):
         """Whether the canonical value of a parameter is an fp32 copy in the state."""
         return p.dtype in LOW_PRECISION and not self.stochastic_rounding
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
+    def moments(self, group: dict) -> tuple[str, ...]:
+        """Names of the tensors that the state holds for each parameter of a group, beside `step` and `master`."""
         return ("exp_avg", "exp_avg_sq")
 
     def _initialise(self, params: list[Tensor], group: dict) -> None:
-        fresh = [p for p in params if not self.state[p]]
+        fresh = [p for p in params if not self.state.get(p)]
         if not fresh:
             return
         count = torch.zeros((), dtype=torch.float32, device=fresh[0].device)
@@ -87,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
             exact = torch.float64 if p.dtype == torch.float64 else torch.float32
             state = self.state[p]
             state["step"] = count
-            for name in self._moments(group):
+            for name in self.moments(group):
                 state[name] = torch.zeros_like(p, dtype=exact)
             if self.uses_master(p, group):
                 state["master"] = p.detach().to(torch.float32)
@@ -95,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, group: dict, params: list[Tensor], clip: Tensor | None, skip: Tensor | None) -> None:
         # random bits differ by parameter, whichever groups they are in
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        for count, members in self._by_step(params):
+        for count, members in self._by_step(group, params):
             states = [self.state[p] for p in members]
             count += 1.0 if skip is None else (skip == 0).to(count.dtype)
             ops.adamw_(
@@ -116,11 +117,15 @@ class AdamW(torch.optim.Optimizer):
                 tensor_ids=[number[p] for p in members] if self.stochastic_rounding else None,
             )
 
-    def _by_step(self, params: list[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
+    def _by_step(self, group: dict, params: list[Tensor]) -> list[tuple[Tensor, list[Tensor]]]:
         """Parameters that share a step count and a dtype: one call of the op each."""
+        standing = {id(self.state[p]["step"]) for p in group["params"] if p.grad is None and self.state.get(p)}
+        moving: dict[int, Tensor] = {}
         buckets: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
         for p in params:
             count = self.state[p]["step"]
+            if id(count) in standing:  # shared with a parameter that has no gradient this time: parted from it
+                count = self.state[p]["step"] = moving.setdefault(id(count), count.clone())
             buckets.setdefault((id(count), p.dtype), (count, []))[1].append(p)
         return list(buckets.values())
 
@@ -173,8 +178,8 @@ class Muon(AdamW):
                 shapes = [tuple(p.shape) for p in group["params"] if p.dim() != 2]
                 raise ValueError(f"Muon takes matrices only, got shapes {shapes}: give these to a group without muon")
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["muon"] else super()._moments(group)
+    def moments(self, group: dict) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["muon"] else super().moments(group)
 
     def uses_master(self, p: Tensor, group: dict) -> bool:
         return p.dtype in LOW_PRECISION and (group["muon"] or not self.stochastic_rounding)
@@ -210,7 +215,7 @@ class Muon(AdamW):
         for p in params:
             if "master" in self.state[p]:
                 p.copy_(self.state[p]["master"])
-        for count, _ in self._by_step(params):
+        for count, _ in self._by_step(group, params):
             count += 1.0 if skip is None else (skip == 0).to(count.dtype)
 
 

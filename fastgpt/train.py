@@ -7,7 +7,6 @@ run that was never stopped, bit for bit, on the same machine and number of threa
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import signal
@@ -23,10 +22,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checkpoint import Checkpoint, Keeper, latest, load_training_tensors, resolve, training_tensors, write_atomically
+from .checkpoint import Checkpoint, Keeper, latest, load_training_tensors, resolve, training_tensors
 from .config import TrainConfig
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
+from .files import FolderLock, write_atomically
 from .flops import flops_per_token, peak_flops
 from .machine import keep_freed_memory
 from .metrics import MetricsLog
@@ -38,7 +38,7 @@ from .schedule import learning_rate_scale
 EXIT_INTERRUPTED = 75  # a signal came, the run was saved, and `--resume auto` goes on
 
 # What may differ between a checkpoint and the run that resumes it without changing any result.
-FREE_TO_CHANGE = ("out_dir", "log_every", "device", "eval", "checkpoint", "max_bad_steps", "precision")
+FREE_TO_CHANGE = ("out_dir", "log_every", "device", "eval", "checkpoint", "max_bad_steps", "precision", "data.path")
 
 
 class Callback:
@@ -112,19 +112,25 @@ class Trainer:
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._lock = _lock_folder(self.run_dir)
-
         checkpoint = self._find_checkpoint(resume)
         self.progress, self.changes = Progress(), []
-        self.precision, self.precision_seconds = config.precision, {}
         if checkpoint is not None:
             self._check_same_run(checkpoint, allow_changes)
-            if config.precision == "auto":
-                self.precision = checkpoint.state["precision"]
             self.progress = Progress(**checkpoint.state["progress"])
-        elif config.precision == "auto":
-            self.precision, self.precision_seconds = measure_precision(config, self.device)
+        goes_on_here = checkpoint is not None and checkpoint.path.parent.parent.resolve() == self.run_dir.resolve()
+        if not goes_on_here:  # the best so far lies in another folder
+            self.progress.best_loss = self.progress.best_step = None
+        self._lock = _hold(self.run_dir)
+        self.keeper = Keeper(self.run_dir, config.checkpoint.keep_last, self.warn)
+        self.keeper.tidy(self.progress.step)
+        self.keeper.last_saved = self.progress.step if goes_on_here else None
 
+        self.precision, self.precision_seconds = config.precision, {}
+        if config.precision == "auto":
+            if checkpoint is not None:
+                self.precision = checkpoint.state["precision"]
+            else:
+                self.precision, self.precision_seconds = measure_precision(config, self.device)
         draw = torch.Generator().manual_seed(config.seed)
         self.model = apply_precision(GPT(config.model, draw).to(self.device), self.precision)
         self.optimizer = build_optimizer(
@@ -134,12 +140,11 @@ class Trainer:
             seed=config.seed,
         )
         if checkpoint is not None:
-            load_training_tensors(self.model, self.optimizer, checkpoint)
+            other = checkpoint.state["config"]["optim"]["optimizer"] != config.optim.optimizer
+            load_training_tensors(self.model, self.optimizer, checkpoint, other_optimizer=other)
         self.batches = Batches(
             self.data, config.model.block_size, config.micro_batch_size, config.seed, documents=config.data.documents
         )
-        self.keeper = Keeper(self.run_dir, config.checkpoint.keep_last, self.warn)
-        self.keeper.last_saved = self.progress.step if checkpoint is not None else None
         self.log: MetricsLog | None = None
         self._stop: signal.Signals | None = None
 
@@ -147,11 +152,13 @@ class Trainer:
 
     def fit(self) -> Progress:
         """Train to the last step, or until SIGINT or SIGTERM, then save. Returns the progress made; `interrupted`
-        tells which of the two it was. Raises UserError after max_bad_steps steps in a row without a finite loss
-        and gradient, or where checkpoints cannot be written."""
+        tells whether a signal left steps undone.
+
+        Raises UserError after max_bad_steps steps in a row without a finite loss and gradient, or where checkpoints
+        cannot be written."""
         config, progress = self.config, self.progress
-        if self._lock.closed:
-            self._lock = _lock_folder(self.run_dir)
+        if not self._lock.held:
+            self._lock = _hold(self.run_dir)
         write_atomically(self.run_dir / "config.toml", config.to_toml())
         self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
         self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step)
@@ -168,7 +175,8 @@ class Trainer:
                     break
                 metrics = self._step()
                 last = progress.step == config.steps
-                progress.evaluation_due = last or bool(config.eval.every and progress.step % config.eval.every == 0)
+                evaluate_now = last or bool(config.eval.every and progress.step % config.eval.every == 0)
+                progress.evaluation_due = evaluate_now and self.validation.tokens > 0
                 if last or progress.step % config.log_every == 0:
                     self.log.write(metrics)
                 self._call("on_step", metrics)
@@ -178,7 +186,7 @@ class Trainer:
         finally:
             restore_handlers()
             self.log.close()
-            self._lock.close()
+            self._lock.release()
         return progress
 
     @property
@@ -272,7 +280,7 @@ class Trainer:
             return
         progress = self.progress
         progress.evaluation_due = False
-        if progress.best_loss is None or result.loss < progress.best_loss:
+        if math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss):
             progress.best_loss, progress.best_step = result.loss, progress.step
         metrics = {
             "step": progress.step,
@@ -297,6 +305,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "precision": self.precision,
             "tokenizer_sha256": self.dataset.tokenizer_sha256,
+            "dataset_sha256": self.dataset.meta["sha256"],
             "progress": vars(self.progress),
             "changes": self.changes,
         }
@@ -318,11 +327,10 @@ class Trainer:
 
     def _check_same_run(self, checkpoint: Checkpoint, allow_changes: bool) -> None:
         saved, now = checkpoint.state["config"], self.config.to_dict()
-        if checkpoint.state["tokenizer_sha256"] != self.dataset.tokenizer_sha256:
-            raise UserError(
-                f"{checkpoint.path} was trained with another tokenizer than that of {self.config.data.path}"
-            )
+        self.dataset.check_tokenizer(checkpoint.state["tokenizer_sha256"], owner=str(checkpoint.path))
         changes = list(differences(saved, now))
+        if checkpoint.state["dataset_sha256"] != self.dataset.meta["sha256"]:
+            changes.append(f"data: what was in {saved['data']['path']} -> {self.config.data.path}")
         if self.config.precision not in ("auto", checkpoint.state["precision"]):
             changes.append(f"precision: {checkpoint.state['precision']} -> {self.config.precision}")
         if shape := [text for text in changes if text.startswith("model.")]:
@@ -363,7 +371,7 @@ class Trainer:
 def differences(saved: dict, now: dict, prefix: str = "") -> Iterable[str]:
     """`field: saved value -> new value` for every field that matters to the result."""
     for key in sorted(saved.keys() | now.keys()):
-        if not prefix and key in FREE_TO_CHANGE:
+        if prefix + key in FREE_TO_CHANGE:
             continue
         a, b = saved.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -372,15 +380,15 @@ def differences(saved: dict, now: dict, prefix: str = "") -> Iterable[str]:
             yield f"{prefix}{key}: {a} -> {b}"
 
 
-def _lock_folder(run_dir: Path) -> Any:
+def _hold(run_dir: Path) -> FolderLock:
     """Create the run's folder and hold it; a second run in it is refused. Raises UserError."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")  # noqa: SIM115 - held for the length of the run
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        return FolderLock(run_dir)
+    except BlockingIOError:
+        raise UserError(f"another run is training in {run_dir}; give another out_dir") from None
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}; give another out_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another run is training in {run_dir}; give another out_dir") from None
-    return lock

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastgpt"
 # A module imports only from lines above its own; names on one line are independent of each other.
 # A package (ops, data, native, demo) counts as one name; inside it the files may import each other.
 LAYERS = [
-    {"errors", "config", "machine", "units"},
+    {"errors", "config", "files", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
     {"ops", "tokenizer"},
     {"model", "optim", "data"},

@@ -94,13 +94,49 @@ def test_damage_is_found_and_the_one_before_is_used_loudly(tmp_path, file, damag
     assert ckpt.latest(tmp_path, warnings.append).state["step"] == 1
     assert len(warnings) == 1 and str(newest) in warnings[0]
     assert ckpt.latest(tmp_path, warnings.append).state["step"] == 1
-    assert len(warnings) == 1, "it was set aside"
+    assert newest.exists(), "reading changes nothing"
+    keeper = ckpt.Keeper(tmp_path, 2, pytest.fail)
+    keeper.tidy(1)
+    assert [p.name for p in ckpt.steps_on_disk(tmp_path)] == ["step-00000001"]
+    assert (newest.parent / "damaged-step-00000002").exists()
+    assert keeper.save(2, {"x": torch.zeros(1)}, {}, {}, None)
 
 
 def test_all_damaged_is_refused(tmp_path):
     (write(tmp_path) / ckpt.MODEL).write_bytes(b"")
-    with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
-        ckpt.latest(tmp_path, lambda _: None)
+    for _ in range(2):  # and it stays refused
+        with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
+            ckpt.latest(tmp_path, lambda _: None)
+
+
+def test_another_format_is_refused_and_left_alone(tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    state = json.loads((path / ckpt.STATE).read_text())
+    state.pop("state_sha256")
+    state["format"] = 99
+    (path / ckpt.STATE).write_text(json.dumps({**state, "state_sha256": ckpt._digest(state)}))
+    with pytest.raises(UserError, match="checkpoint format 99, this version reads 1"):
+        ckpt.latest(tmp_path, pytest.fail)
+
+
+def test_what_a_kill_left_half_done_is_removed(tmp_path):
+    write(tmp_path, 1)
+    for name in (".saving-step-00000002", ".deleting-step-00000000"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    ckpt.Keeper(tmp_path, 2, pytest.fail).tidy(1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_state_of_another_optimizer_is_refused_unless_asked_for(tmp_path):
+    saved = ckpt.load(write(tmp_path, 1, *trained(kind="adamw")))
+    model, optimizer = trained(kind="muon", steps=0)
+    with pytest.raises(UserError, match="has exp_avg, exp_avg_sq, step; expected momentum_buffer, step"):
+        ckpt.load_training_tensors(model, optimizer, saved)
+    ckpt.load_training_tensors(model, optimizer, saved, other_optimizer=True)
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    model(idx, idx).backward()
+    optimizer.step()
 
 
 def test_missing_extra_and_misshapen_keys_are_listed(tmp_path):

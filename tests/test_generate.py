@@ -100,6 +100,13 @@ def test_bad_options_are_refused(options, message):
         generate(make("gpt2"), tokens(1, 4), **{"max_new_tokens": 1, **options})
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(make("gpt2"), torch.zeros(1, 0, dtype=torch.int64), 1)
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_an_empty_prompt_is_refused(shape):
+    with pytest.raises(ValueError, match="at least one row and one token"):
+        generate(make("gpt2"), torch.zeros(shape, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 5], [3]])
+def test_lengths_outside_the_prompt_are_refused(lengths):
+    with pytest.raises(ValueError, match="numbers from 1 to 4"):
+        generate(make("gpt2"), tokens(2, 4), 1, lengths=torch.tensor(lengths))

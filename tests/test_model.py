@@ -197,6 +197,21 @@ def test_dropout_is_off_in_evaluation_and_random_in_training():
     assert not torch.equal(model(idx), model(idx))
 
 
+def test_an_id_past_the_vocabulary_is_refused_though_padding_is_there():
+    with pytest.raises(IndexError, match="index out of range"):
+        make("gpt2")(torch.tensor([[61]]))
+
+
+def test_a_full_cache_is_refused():
+    from fastgpt.model import KVCache
+
+    model = make("gpt2")
+    cache = KVCache(model.config, 1, 4, dtype=torch.float64)
+    model(tokens(1, 3), cache=cache)
+    with pytest.raises(ValueError, match="got 2 tokens after 3 cached, but the cache has room for 4"):
+        model(tokens(1, 2), cache=cache)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

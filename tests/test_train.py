@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,70 @@ def test_resume_needs_the_same_model_and_settings(data, tmp_path):
     assert recorded == [{"step": 3, "changes": ["optim.lr: 0.01 -> 0.005", "steps: 3 -> 5"]}]
     elsewhere = config(data, tmp_path / "other", steps=3)
     assert Trainer(elsewhere, resume=str(ckpt.steps_on_disk(tmp_path / "run")[0])).progress.step == 3
+
+
+def test_resume_knows_its_data(data, tmp_path):
+    """Moved, it is the same; replaced, it is not."""
+    shutil.copytree(data, tmp_path / "data")
+    here = config(tmp_path / "data", tmp_path / "run", steps=3)
+    Trainer(here, callbacks=[StopAt(1)]).fit()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = here.replace(data=DataConfig(path=str(tmp_path / "moved")))
+    Trainer(moved, resume="auto", callbacks=[StopAt(2)]).fit()
+    write_dataset(tmp_path / "data", text_ids(3000, seed=5), text_ids(700, seed=6))
+    with pytest.raises(UserError, match="was trained otherwise: data: what was in"):
+        Trainer(here, resume="auto")
+    assert Trainer(here, resume="auto", allow_changes=True).progress.step == 2
+
+
+def test_another_optimizer_can_take_over(data, tmp_path):
+    first = config(data, tmp_path / "run", steps=4)
+    Trainer(first, callbacks=[StopAt(2)]).fit()
+    second = first.replace(optim=OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2))
+    with pytest.raises(UserError, match="optim.optimizer: adamw -> muon"):
+        Trainer(second, resume="auto")
+    assert Trainer(second, resume="auto", allow_changes=True).fit().step == 4
+
+
+def test_a_run_resumed_elsewhere_is_saved_there(data, tmp_path):
+    Trainer(config(data, tmp_path / "run")).fit()
+    trainer = Trainer(config(data, tmp_path / "other"), resume=str(tmp_path / "run"))
+    trainer.fit()
+    assert [p.name for p in ckpt.steps_on_disk(tmp_path / "other")] == ["step-00000010"]
+    assert trainer.progress.best_step in (None, 10)
+
+
+def test_without_a_validation_split_training_ends_well(tmp_path):
+    data = write_dataset(tmp_path / "data", text_ids(3000), text_ids(0))
+    trainer = Trainer(config(data, tmp_path / "run", checkpoint=CheckpointConfig(every=0)))
+    trainer.fit()
+    assert ckpt.steps_on_disk(tmp_path / "run") and trainer.progress.best_step is None
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_resumed_run(data, tmp_path):
+    Trainer(config(data, tmp_path / "whole")).fit()
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    newest = ckpt.steps_on_disk(tmp_path / "run")[-1]
+    (newest / ckpt.MODEL).write_bytes(b"")
+    warnings = []
+    Trainer(config(data, tmp_path / "run"), resume="auto", warn=warnings.append).fit()
+    assert len(warnings) == 1 and "the one before it is tried" in warnings[0]
+    assert files(tmp_path / "run") == files(tmp_path / "whole") and curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_a_refused_resume_leaves_no_folder(data, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Trainer(config(data, tmp_path / "new"), resume=str(tmp_path / "typo"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_is_not_loaded_with_another_tokenizer(data, tmp_path):
+    from fastgpt import Tokenizer
+
+    Trainer(config(data, tmp_path / "run", steps=1)).fit()
+    Tokenizer.train(texts=["abab"], vocab_size=258).save(tmp_path / "run" / "tokenizer.json")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        ckpt.load_model(tmp_path / "run")
 
 
 def test_precision_chosen_by_measuring_is_kept(data, tmp_path, monkeypatch):
