@@ -77,7 +77,6 @@ class _Turns(Callback):
             if time.perf_counter() - self.first >= self.seconds:
                 raise Enough
             self.steps, self.began = 0, time.perf_counter()
-            self.steps = 0
 
     def _plain_turn(self) -> float:
         began, steps = time.perf_counter(), 0

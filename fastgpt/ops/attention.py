@@ -326,8 +326,6 @@ class _Blocks:
             blind = None
             if self.causal and first < 0:  # more queries than keys: the first ones stand before every key
                 blind = position < 0
-            if self.window is not None and not self.causal and last - self.window >= self.Tk:
-                blind = position - self.window >= self.Tk
             return blind
         visible = (key >= self.doc_start[:, i0:i1, None]) & (key < self.doc_end[:, i0:i1, None])  # (B, rows, keys)
         if self.causal:
