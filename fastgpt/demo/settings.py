@@ -33,11 +33,13 @@ CPU = Settings(
             linear_bias=False,
             tied_embeddings=True,
         ),
-        optim=OptimConfig(optimizer="muon", lr=3e-3, muon_lr=0.02, weight_decay=0.1, warmup_steps=50),
+        optim=OptimConfig(
+            optimizer="muon", lr=0.04, muon_lr=0.01, weight_decay=0.1, warmup_steps=50, min_lr_fraction=0.0
+        ),
         eval=EvalConfig(every=0, batch_size=16),
         checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=False),
-        batch_tokens=1024,
-        micro_batch_size=4,
+        batch_tokens=2048,
+        micro_batch_size=8,
         log_every=10,
     ),
     seconds=180.0,

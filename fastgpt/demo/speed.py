@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..train import Callback, Trainer
 
 WARM_UP_STEPS = 3
+LR = 1e-3  # of both loops: the speed does not depend on it as long as nothing overflows
 SLICE_SECONDS = 0.75
 
 
@@ -104,10 +105,10 @@ def compare(config: TrainConfig, seconds: float, show: Callable[[Speed], None]) 
         stream.read(0, len(stream)),
         model.block_size,
         config.micro_batch_size * config.accumulation,
-        lr=config.optim.lr,
+        lr=LR,
     )
     turns = _Turns(seconds, config.batch_tokens, loop, show)
-    _scratch_run(config.replace(optim=config.optim.replace(optimizer="adamw")), turns)
+    _scratch_run(config.replace(optim=config.optim.replace(optimizer="adamw", lr=LR)), turns)
     return turns.speed
 
 
