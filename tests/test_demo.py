@@ -203,7 +203,8 @@ def test_a_uniform_model_stands_on_the_uniform_rung():
     result = evaluate(model, stream, batch_size=4)
     assert result.tokens == 1000 and result.bytes == 3217
     assert compressors.uniform(V, 1000, 3217) == math.log2(V) * 1000 / 3217
-    assert result.bits_per_byte == pytest.approx(math.log2(V) * 1000 / 3217, rel=1e-12)
+    # Each of 1000 sums in float64 errs by half its spacing, and so do the few operations after them.
+    assert result.bits_per_byte == pytest.approx(math.log2(V) * 1000 / 3217, rel=1004 * sys.float_info.epsilon / 2)
 
 
 # ---- completions -------------------------------------------------------------------------------

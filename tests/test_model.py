@@ -64,7 +64,7 @@ def test_gpt2_has_the_published_number_of_parameters():
 )
 def test_presets_have_the_published_sizes(name, millions):
     with torch.device("meta"):
-        assert GPT(ModelConfig.preset(name)).num_parameters() / 1e6 == pytest.approx(millions, abs=1e-3)
+        assert round(GPT(ModelConfig.preset(name)).num_parameters() / 1e6, 3) == millions
 
 
 def test_a_future_token_changes_nothing_before_it(model):

@@ -11,7 +11,16 @@ from torch import Tensor
 from fastgpt.ops import attention, document_bounds
 from fastgpt.ops.attention import reference
 from tests.ops.checks import check_error, values
-from tests.rule import RULE_DTYPES, check_by_rule, in_layout, outputs_and_gradients, poison, randn, upstream
+from tests.rule import (
+    RULE_DTYPES,
+    assert_within_rule,
+    check_by_rule,
+    in_layout,
+    outputs_and_gradients,
+    poison,
+    randn,
+    upstream,
+)
 
 # (Tq, Tk): one, one off a tile either way, more queries than keys and fewer.
 LENGTHS = ((1, 1), (1, 3), (2, 1), (239, 1), (113, 203), (108, 256), (64, 64), (65, 65), (63, 129))
@@ -60,10 +69,18 @@ def test_edge_lengths_and_masks_by_the_rule(device, lengths, masks, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, *RULE_DTYPES))
+@pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("lengths", LONG, ids=str)
-def test_long_lengths_forward(device, lengths):
-    q, k, v = inputs(1, *lengths, H=1, KV=1, D=4, device=device)
-    torch.testing.assert_close(attention(q, k, v), naive(q, k, v))
+def test_long_lengths_by_the_rule(device, lengths, causal, dtype):
+    # A small scale, so that no query sees one key alone: the largest error would be that row's, by luck.
+    options = dict(causal=causal, scale=0.1)
+    check_by_rule(
+        lambda *t: attention(*t, **options),
+        lambda *t: naive(*t, **options),
+        inputs(2, *lengths, H=2, KV=2, D=16, dtype=dtype, device=device),
+        f"attention {lengths} causal={causal}",
+    )
 
 
 @pytest.mark.parametrize("dtype", RULE_DTYPES)
@@ -212,12 +229,15 @@ def test_rows_that_see_nothing(device, causal, lse):
 def test_lengths_equal_shorter_keys_and_ignore_the_rest(device, Tq, dtype):
     q, k, v = inputs(3, Tq, 9, dtype=dtype, device=device)
     lengths = torch.tensor([9, 4, 0], device=device)
-    want = [naive(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate((9, 4))]
+
+    def existing(q, k, v):
+        return torch.cat([naive(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate((9, 4))])
+
+    torchs, exact = existing(q, k, v), existing(q.double(), k.double(), v.double())
     for b, n in enumerate((9, 4, 0)):
         k[b, n:], v[b, n:] = math.nan, math.nan  # memory that was never written
     got = attention(q, k, v, kv_lengths=lengths)
-    error = torch.finfo(dtype).eps * 8
-    torch.testing.assert_close(got[:2], torch.cat(want), rtol=error, atol=error)
+    assert_within_rule(got[:2], torchs, exact, "the keys that exist")
     assert (got[2] == 0).all()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.ops import rotary, rotary_tables
 from fastgpt.ops.rotary import reference
 from tests.ops.checks import check_compiled, check_error, check_fake, check_gradients, check_layouts, values
-from tests.rule import RULE_DTYPES, check_by_rule, outputs_and_gradients, poison, randn
+from tests.rule import RULE_DTYPES, check_by_rule, half_ulp, outputs_and_gradients, poison, randn
 
 H, KV = 4, 2
 
@@ -84,18 +84,20 @@ def test_low_precision_is_rounded_once(device, dtype):
 
 
 def test_what_a_rotation_is(device):
-    x, cos, sin = arguments(1, 9, device=device)
+    x, _, _ = arguments(1, 9, device=device)
+    angles = torch.arange(9, dtype=torch.float64, device=device)[:, None] * 100.0 ** (-torch.arange(4.0) / 4).to(x)
+    cos, sin = angles.cos(), angles.sin()  # in fp64, so that nothing is rounded before the comparison
     y = ours(x, cos, sin)
     assert torch.equal(y[:, :, H + KV :], x[:, :, H + KV :])  # values pass
     assert torch.equal(y[:, 0], x[:, 0])  # position 0 is not turned
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=1e-6)  # fp32 tables
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     # q_i . k_j depends on i - j alone
     same = x[:, :1].expand(1, 9, -1, -1)
     y = ours(same, cos, sin)
     scores = y[0, :, 0] @ y[0, :, H].mT
     for offset in range(-8, 9):
         diagonal = scores.diagonal(offset)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
 def test_derivatives(device):
@@ -166,23 +168,29 @@ def test_the_same_error_everywhere(message):
 # ---- tables ---------------------------------------------------------------------------------
 
 
+def assert_rounded_once(table: Tensor, exact: list[float]) -> None:
+    """Each entry of `table` (n,) is the float32 nearest to the exact one: off by half a unit in its last place."""
+    assert table.dtype == torch.float32
+    want = torch.tensor(exact, dtype=torch.float64)
+    assert ((table.cpu().double() - want).abs() <= half_ulp(want, torch.float32)).all()
+
+
 def test_tables(device):
     cos, sin = rotary_tables(50, 8, 10000.0, device=device)
     assert cos.shape == sin.shape == (50, 4)
-    assert cos.dtype == sin.dtype == torch.float32
     for t in (0, 1, 49):
-        for i in range(4):
-            angle = t * 10000.0 ** (-2 * i / 8)
-            assert cos[t, i].item() == pytest.approx(math.cos(angle), abs=6e-8)
-            assert sin[t, i].item() == pytest.approx(math.sin(angle), abs=6e-8)
-    far_cos, _ = rotary_tables(1_000_000, 2, 10000.0, device=device)
-    assert far_cos[-1, 0].item() == pytest.approx(math.cos(999_999), abs=6e-8)
+        angles = [t * 10000.0 ** (-2 * i / 8) for i in range(4)]
+        assert_rounded_once(cos[t], [math.cos(a) for a in angles])
+        assert_rounded_once(sin[t], [math.sin(a) for a in angles])
+    far_cos, far_sin = rotary_tables(1_000_000, 2, 10000.0, device=device)
+    assert_rounded_once(far_cos[-1], [math.cos(999_999)])
+    assert_rounded_once(far_sin[-1], [math.sin(999_999)])
 
 
 def test_linear_scaling_is_slower_time(device):
     plain, _ = rotary_tables(10, 8, 100.0, device=device)
     scaled, _ = rotary_tables(40, 8, 100.0, SimpleNamespace(kind="linear", factor=4.0), device=device)
-    torch.testing.assert_close(scaled[::4], plain)
+    assert torch.equal(scaled[::4], plain)  # a power of two: no rounding differs
     none, _ = rotary_tables(10, 8, 100.0, SimpleNamespace(kind="none", factor=4.0), device=device)
     assert torch.equal(none, plain)
 
@@ -204,7 +212,8 @@ def test_llama3_scaling(device):
 
     want = [published(theta ** (-2 * i / R)) for i in range(R // 2)]
     cos, sin = rotary_tables(2, R, theta, scaling, device=device)
-    torch.testing.assert_close(torch.atan2(sin[1], cos[1]).cpu(), torch.tensor(want), rtol=1e-6, atol=1e-9)
+    assert_rounded_once(cos[1], [math.cos(f) for f in want])
+    assert_rounded_once(sin[1], [math.sin(f) for f in want])
 
 
 def test_tables_refuse():
