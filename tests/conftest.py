@@ -1,0 +1,88 @@
+"""The time that each area of the tests may take. A whole run in which one takes longer fails, and says which.
+
+It is the time that processors spent, in this process and in those it started and waited for, so a busy machine does
+not matter much; tests marked slow do not count. To mend an overrun, make the tests of that area quicker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Area -> (seconds, the files: their names begin so). Three times what was measured with one thread each.
+BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "ops": (100, ("ops/", "test_rule")),
+    "model": (15, ("test_model", "test_generate", "test_optim")),
+    "train": (80, ("test_train", "test_checkpoint")),
+    "data": (60, ("test_data_",)),
+    "tokenizer": (27, ("test_tokenizer",)),
+    "demo": (63, ("test_demo", "test_plot")),
+    "cli": (45, ("test_cli", "test_config", "test_doctor")),
+    "guide": (50, ("test_guide",)),
+    "others": (33, ("",)),
+}
+
+
+class Budgets:
+    """Adds up the time of each area; at the end of a whole run, holds it to its budget."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seconds = dict.fromkeys(BUDGETS, 0.0)
+        self.files: set[str] = set()
+        self.done = 0
+        self.deselected = False
+        self.whole = False
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        file = item.path.relative_to(self.folder).as_posix()
+        before = processor_seconds()
+        yield
+        self.files.add(file)
+        self.done += 1
+        if not _slow(item):
+            self.seconds[area(file)] += processor_seconds() - before
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            self.files.add(item.path.relative_to(self.folder).as_posix())
+            self.deselected |= not _slow(item)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        every = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("test_*.py")}
+        self.whole = self.files == every and not self.deselected and self.done == session.testscollected
+        if self.whole and self.overrun() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def overrun(self) -> list[str]:
+        return [name for name, (budget, _) in BUDGETS.items() if self.seconds[name] > budget]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.whole:
+            return
+        used = (f"{name} {self.seconds[name]:.0f}/{budget:.0f}" for name, (budget, _) in BUDGETS.items())
+        terminalreporter.write_line(f"processor seconds of budget: {', '.join(used)}")
+        for name in self.overrun():
+            terminalreporter.write_line(f"FAILED: the tests of {name} overran their budget", red=True)
+
+
+def area(file: str) -> str:
+    """The area of a test file, named from the tests' folder on."""
+    return next(name for name, (_, begins) in BUDGETS.items() if file.startswith(begins))
+
+
+def processor_seconds() -> float:
+    """Time that processors spent for this process and the children it waited for."""
+    return sum(os.times()[:4])
+
+
+def _slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budgets(Path(__file__).parent), "budgets")
