@@ -122,7 +122,10 @@ def _draw(figure: Any, runs: list[Run]) -> None:
                 )
         if val:
             marker = "o" if len(val) <= 40 else None
-            axes.plot(run.val_seconds, val, color=color, linewidth=1.6, marker=marker, markersize=5, zorder=4)
+            # not clipped: the last point lies on the edge
+            axes.plot(
+                run.val_seconds, val, color=color, linewidth=1.6, marker=marker, markersize=5, zorder=4, clip_on=False
+            )
             labels.append((val[-1], f"{who}held out {val[-1]:.2f}", color))
         lowest = min(lowest, *train, *val)
         highest = max(highest, *(val or smoothed(train)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import random
@@ -19,6 +18,7 @@ import pytest
 from fastgpt import arguments, cli
 from fastgpt.config import ConfigError, DataConfig, ModelConfig, PrepareConfig, RopeScaling, TrainConfig
 from fastgpt.errors import UserError
+from fastgpt.files import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -460,9 +460,9 @@ def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
     assert "runs/a" in refusal(capsys, "train", *TINY, "--out_dir", "runs/a")
     held = tmp_path / "held"
     held.mkdir()
-    with open(held / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is training in" in refusal(capsys, "train", *TINY, "--out_dir", str(held))
+    lock = FolderLock(held)
+    assert "another run is training in" in refusal(capsys, "train", *TINY, "--out_dir", str(held), "--steps", "1")
+    lock.release()
 
 
 def test_resuming_under_other_settings_needs_a_word(inside, capsys, tmp_path):

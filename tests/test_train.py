@@ -414,12 +414,13 @@ def test_a_uniform_model_has_exactly_log2_v_bits_per_token(data):
     stream = Dataset.open(data).split("val")
     model = GPT(ModelConfig(**LLAMA)).double()
     torch.nn.init.zeros_(model.token_embedding.weight)
+    rounding = (700 + 4) * torch.finfo(torch.float64).eps / 2  # a sum of 700 terms, and four operations on it
     for batch_size in (1, 3, 64):
         result = evaluate(model, stream, batch_size=batch_size)
         assert result.complete and result.tokens == stream.tokens == 700
-        assert result.bits_per_byte == pytest.approx(math.log2(VOCAB) * 700 / 700, rel=1e-12)
+        assert result.bits_per_byte == pytest.approx(math.log2(VOCAB) * 700 / 700, rel=rounding)
     part = evaluate(model, stream, batch_size=4, batches=2)
-    assert part.tokens == 2 * 4 * 16 and part.bits_per_byte == pytest.approx(math.log2(VOCAB), rel=1e-12)
+    assert part.tokens == 2 * 4 * 16 and part.bits_per_byte == pytest.approx(math.log2(VOCAB), rel=rounding)
 
 
 if __name__ == "__main__":
