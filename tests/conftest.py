@@ -13,7 +13,7 @@ from pathlib import Path
 # Shapes here are tiny: a second thread would only wait. Before anything imports torch, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 # Area -> (seconds, the files: their names begin so). Three times what was measured with one thread each.
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
