@@ -340,7 +340,7 @@ def test_every_document_ends_with_end_of_text(tmp_path, small_limits):
 
 def test_the_digest_set_is_a_set():
     draw = np.random.default_rng(0)
-    pool = [draw.bytes(16) for _ in range(3000)] + [bytes(16), bytes(8) + b"\1" * 8]
+    pool = [draw.bytes(16) for _ in range(3000)] + [bytes(16), bytes(8) + b"\1" * 8, b"\0" * 7 + b"\1" * 9]
     found, expected = DigestSet(), set()
     for digest in (pool[i] for i in draw.integers(0, len(pool), 9000)):
         assert found.add(digest) == (digest not in expected)

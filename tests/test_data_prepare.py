@@ -179,7 +179,7 @@ def test_training_is_never_left_without_text(tmp_path, fraction):
             assert meta["splits"][split]["text_bytes"] == len("".join(decoded(dataset, split)))
 
 
-@pytest.mark.parametrize("length", [400, 401, 402])
+@pytest.mark.parametrize("length", [400, 404, 407])
 def test_a_character_is_not_cut_in_two(tmp_path, length):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_bytes(("漢" * length).encode())  # three tokens to a character
@@ -372,8 +372,9 @@ def kill_at(event, count=None):
 @pytest.mark.parametrize(("files", "shard", "end"), [(6, 200, 8), (1, 100_000, 24)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_pieces, files, shard, end):
     copies = corpus(tmp_path / "corpus", documents=files, words=90)
+    copies.append(text(60, 500))
+    (tmp_path / "corpus" / "0001x.txt").write_bytes(copies[-1].encode())
     (tmp_path / "corpus" / "9999.txt").write_bytes("<|endoftext|>".join(copies).encode())
-    (tmp_path / "corpus" / "0001x.txt").write_bytes(text(2, 90).encode() + text(60, 500).encode())
 
     base = config(tmp_path, tokenizer="train", vocab_size=270, shard_tokens=shard)
 
@@ -489,6 +490,30 @@ def test_an_interrupt_keeps_what_was_done(tmp_path, small_pieces, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(config(tmp_path), progress=False)
     assert prepare(config(tmp_path), progress=False)["run"]["resumed"]
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_duplicates_are_known_over_several_interrupts(tmp_path, small_pieces, monkeypatch):
+    copies = corpus(tmp_path / "corpus", documents=12)
+    (tmp_path / "corpus" / "9999.txt").write_bytes("<|endoftext|>".join(copies).encode())
+    whole = prepare(config(tmp_path, out_dir=str(tmp_path / "whole")), progress=False)
+    left = 3
+
+    def interrupt(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation._Progress, "update", interrupt)
+    for _ in range(3):
+        left = 3
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(tmp_path), progress=False)
+        with open(tmp_path / "data" / "prepare.digests", "ab") as file:
+            file.write(bytes(16))  # written after the state that will be gone back to
+    left = 10**9
+    assert prepare(config(tmp_path), progress=False)["duplicates"] == whole["duplicates"] >= 10
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 

@@ -181,14 +181,14 @@ def _walk(root: str) -> Iterator[tuple[str, str, tuple[str, str]]]:
     found = []
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = "" if folder == root else os.path.relpath(folder, root) + os.sep
         for name in names:
             kind = _classify(name)
             path = os.path.join(folder, name)
             if kind is not None and not name.startswith(".") and os.path.isfile(path):
-                found.append((os.fsencode(os.path.relpath(path, root)), path, kind))
+                found.append((os.fsencode(inside + name), path, kind))
     for relative, path, kind in sorted(found):
-        name = os.path.join(root, os.fsdecode(relative)).encode("utf-8", "replace").decode()
-        yield path, name, kind
+        yield path, os.path.join(root, relative.decode("utf-8", "replace")), kind
 
 
 def _input_file(path: str, name: str, kind: tuple[str, str], split: str) -> InputFile:
@@ -270,6 +270,8 @@ class _Stream:
         self._rest = b""  # decompressed, not yet read
         self._fed = b""  # compressed, read from the file and not yet decompressed
         self._share: int | None = None
+        # not more than a small file holds: a thousand of them would otherwise cost a thousand megabytes of pages
+        self._block = _BLOCK if file.compression else min(_BLOCK, file.size + 1)
         if file.compression == "gz":
             self._data: Any = gzip.GzipFile(fileobj=self._raw)
         elif file.compression == "zst":
@@ -284,7 +286,7 @@ class _Stream:
 
     def read(self, size: int = 0) -> bytes:
         """At least one byte and, but for a last block, about `size` (a block when not given); nothing at the end."""
-        size = size or _BLOCK
+        size = size or self._block
         if self._rest:
             rest, self._rest = self._rest, b""
             return rest
