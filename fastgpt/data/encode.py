@@ -166,7 +166,7 @@ class Inline:
 
     workers = 1
 
-    def __init__(self, encoder: Encoder):
+    def start(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
     def submit(self, piece: Piece) -> Future[Encoded]:
@@ -209,9 +209,12 @@ class _Channel:
 
 
 class WorkerPool:
-    """Worker processes, each served by a thread of this one, which only waits for its pipe."""
+    """Worker processes, each served by a thread of this one, which only waits for its pipe.
 
-    def __init__(self, encoder: Encoder, workers: int):
+    They come up while the caller loads the tokenizer, and take pieces after `start`.
+    """
+
+    def __init__(self, workers: int):
         self.workers = workers
         self._idle: queue.SimpleQueue[tuple[_Channel, subprocess.Popen]] = queue.SimpleQueue()
         self._all: list[tuple[_Channel, subprocess.Popen]] = []
@@ -229,15 +232,18 @@ class WorkerPool:
                         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                     )
                 self._all.append((_Channel(ours), process))
-            for channel, process in self._all:
-                try:
-                    channel.send(encoder)
-                except OSError:
-                    raise self._died(process) from None
-                self._idle.put((channel, process))
         except BaseException:
             self.close()
             raise
+
+    def start(self, encoder: Encoder) -> None:
+        """Give every worker the encoder. Raises UserError where one has died."""
+        for channel, process in self._all:
+            try:
+                channel.send(encoder)
+            except OSError:
+                raise self._died(process) from None
+            self._idle.put((channel, process))
 
     def submit(self, piece: Piece) -> Future[Encoded]:
         """The piece's ids, when a worker has made them."""

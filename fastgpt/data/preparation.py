@@ -31,6 +31,7 @@ import numpy as np
 from ..config import PrepareConfig
 from ..errors import UserError
 from ..files import FolderLock, sync, write_atomically
+from ..machine import cores
 from .dataset import DATASET_FILE, SPLITS, TOKENIZER_FILE, Dataset, read_meta, write_meta
 from .digests import DigestSet
 from .documents import DIGEST_BYTES, InputError, InputFile, Piece, Position, digest_of, find_files, read_pieces
@@ -117,20 +118,32 @@ class _Preparation:
         self.tokenizer_owned = False
         self.digests = DigestSet()
         self.encoded_ids = self.encoded_input = 0  # what the size of the whole is estimated from
+        self.pool: Inline | WorkerPool | None = None
         self.writers: dict[str, ShardWriter] = {}
         self.digests_file: Any = None
 
     def run(self) -> dict[str, Any]:
-        tokenizer = None
-        if self.config.tokenizer != "train":
-            from ..tokenizer import Tokenizer
+        try:
+            tokenizer = self._given_tokenizer()
+            self.settings = self._settings(tokenizer)
+            self.fingerprint = self._fingerprint()
+            if (self.folder / DATASET_FILE).exists():
+                return self._already_done()
+            return self._work_or_clean(self._interrupted_state(), tokenizer)
+        finally:
+            self._close()
+            self.show.close()
 
-            tokenizer = Tokenizer.load(self.config.tokenizer)
-        self.settings = self._settings(tokenizer)
-        self.fingerprint = self._fingerprint()
-        if (self.folder / DATASET_FILE).exists():
-            return self._already_done()
-        state = self._interrupted_state()
+    def _given_tokenizer(self) -> Tokenizer | None:
+        if self.config.tokenizer == "train":
+            return None
+        if not (self.folder / DATASET_FILE).exists():
+            self._workers()  # they come up while the tokenizer is loaded
+        from ..tokenizer import Tokenizer
+
+        return Tokenizer.load(self.config.tokenizer)
+
+    def _work_or_clean(self, state: dict[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
         try:
             return self._work(state, tokenizer)
         except InputError:
@@ -146,9 +159,6 @@ class _Preparation:
                 f"no space to write in {self.folder}: {error.strerror}; the dataset needs about {needed:,} bytes and "
                 f"{free:,} are free now that what was written is removed"
             ) from None
-        finally:
-            self._close()
-            self.show.close()
 
     # ---- what has been done before ---------------------------------------------------------------
 
@@ -320,34 +330,38 @@ class _Preparation:
             return given
         return "val" if int.from_bytes(digest[:8], "little") < self.config.val_fraction * 2**64 else "train"
 
+    def _workers(self) -> Inline | WorkerPool:
+        """The processes that encode, started at the first call."""
+        if self.pool is None:
+            workers = self.config.workers or min(cores(), 1 + self.input_bytes // _SMALL)
+            self.pool = WorkerPool(workers) if workers > 1 else Inline()
+        return self.pool
+
     def _encode_all(self, encoder: Encoder) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = self.config.workers or min(cores, 1 + (self.input_bytes - self.consumed) // _SMALL)
-        pool = WorkerPool(encoder, workers) if workers > 1 else Inline(encoder)
+        pool = self._workers()
+        pool.start(encoder)
         ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
         ahead_bytes = 0
         saved = time.monotonic()
-        try:
-            pieces = read_pieces(self.files, self.position, self.config.text_field)
-            while True:
-                piece = next(pieces, None)
-                while ahead and (
-                    piece is None
-                    or len(ahead) >= _AHEAD_PER_WORKER * pool.workers
-                    or ahead_bytes + piece.size > _AHEAD_BYTES * pool.workers
-                ):
-                    done, future = ahead.popleft()
-                    ahead_bytes -= done.size
-                    self._commit(done, future.result())
-                    if time.monotonic() - saved >= STATE_SECONDS:
-                        self._save()
-                        saved = time.monotonic()
-                if piece is None:
-                    break
-                ahead.append((piece, pool.submit(piece)))
-                ahead_bytes += piece.size
-        finally:
-            pool.close()
+        pieces = read_pieces(self.files, self.position, self.config.text_field)
+        while True:
+            piece = next(pieces, None)
+            while ahead and (
+                piece is None
+                or len(ahead) >= _AHEAD_PER_WORKER * pool.workers
+                or ahead_bytes + piece.size > _AHEAD_BYTES * pool.workers
+            ):
+                done, future = ahead.popleft()
+                ahead_bytes -= done.size
+                self._commit(done, future.result())
+                if time.monotonic() - saved >= STATE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+            if piece is None:
+                break
+            ahead.append((piece, pool.submit(piece)))
+            ahead_bytes += piece.size
+        pool.close()
         self.position = Position(len(self.files))
         self._save()
 
@@ -509,6 +523,8 @@ class _Preparation:
         self.encoded_ids, self.encoded_input = sum(w.tokens for w in self.writers.values()), self.consumed
 
     def _close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
         for writer in self.writers.values():
             writer.close()
         if self.digests_file is not None:
