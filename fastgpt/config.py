@@ -520,6 +520,8 @@ class PrepareConfig(_Config):
     """Files and folders: .txt, .jsonl(.gz|.zst), .parquet, and source code."""
     out_dir: str = "data"
     """Folder for dataset.json, tokenizer.json and the shards."""
+    overwrite: bool = False
+    """Remove the dataset that prepare wrote to out_dir before, and prepare anew."""
     val_inputs: tuple[str, ...] = ()
     """Files and folders of the validation split; when not given, val_fraction of the documents."""
     val_fraction: float = _number(0.01, 0.0, 1.0, high_open=True)
