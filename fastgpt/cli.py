@@ -423,8 +423,12 @@ def _run(argv: list[str]) -> int:
             return COMMANDS[name].run(argv[length:], f"fastgpt {name}")
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     if argv[0] in groups and (len(argv) == 1 or argv[1] in HELP):
-        members = {name: command for name, command in COMMANDS.items() if name.startswith(argv[0])}
-        return _print("".join(f"fastgpt {name} {c.arguments}: {c.about}\n" for name, c in members.items()))
+        members = [
+            f"fastgpt {name} {c.arguments}: {c.about}" for name, c in COMMANDS.items() if name.split()[0] == argv[0]
+        ]
+        if len(argv) == 1:
+            raise UserError(f"fastgpt {argv[0]} needs a command; there is {'; '.join(members)}")
+        return _print("\n".join(members) + "\n")
     asked = " ".join(argv[: 2 if argv[0] in groups else 1])
     near = difflib.get_close_matches(asked, COMMANDS, n=1)
     hint = f"did you mean `fastgpt {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"

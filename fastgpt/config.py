@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -205,11 +206,22 @@ def _parse_toml(text: str) -> dict:
     return tomllib.loads(text)
 
 
+def _quoted(reason: str, text: str) -> str:
+    """`; line 3 is 'steps = = 3'`: the line that a parser complains of, the last one where it reached the end."""
+    lines = text.rstrip().split("\n")
+    named = re.search(r"\bline (\d+)", reason)
+    if not named and "end of document" not in reason:
+        return ""
+    number = min(int(named[1]) if named else len(lines), len(lines))
+    line = lines[number - 1].strip()
+    return f"; line {number} is {line if len(line) <= 80 else line[:77] + '...'!r}"
+
+
 def _parsed(loads: Any, text: str, language: str) -> dict:
     try:
         values = loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid {language}: {error}") from None
+        raise ConfigError(f"not valid {language}: {error}{_quoted(str(error), text)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{values!r:.60}: expected a table of fields")
     return values

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_the_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert f"  {name}" in out
-    assert run("data") == 0
+    assert run("data", "--help") == 0
     assert "verify DIR" in capsys.readouterr().out
 
 
@@ -103,6 +104,7 @@ REFUSED = {
     "trian": "there is no command 'trian'; did you mean `fastgpt train`?",
     "data verfy x": "there is no command 'data verfy'; did you mean `fastgpt data verify`?",
     "zzz": "there is no command 'zzz'; the commands are prepare, train",
+    "data": "fastgpt data needs a command; there is fastgpt data verify DIR: check every byte",
     "--verbose": "there is no command '--verbose'",
     "train --model.n_embdd 3": "fastgpt train has no option --model.n_embdd; did you mean --model.n_embd?",
     "train --n_embd 3": "has no option --n_embd; did you mean --model.n_embd?",
@@ -184,6 +186,15 @@ def test_exit_codes(error, code, words, monkeypatch, capsys):
     assert run("doctor") == code
     err = capsys.readouterr().err
     assert err.endswith(words) if words else err == ""
+
+
+def test_kernels_that_are_required_and_missing_are_one_line(monkeypatch, capsys):
+    from fastgpt import native
+
+    monkeypatch.setenv("FASTGPT_REQUIRE_KERNELS", "1")
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command(lambda argv, prog: native.select(on_gpu), "", ""))
+    assert "no CUDA kernels built; unset FASTGPT_REQUIRE_KERNELS" in refusal(capsys, "doctor")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("x", name="fastgpt.x"), SystemExit(3)])

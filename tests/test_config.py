@@ -138,8 +138,12 @@ def test_a_byte_order_mark_and_crlf_are_no_obstacle(tmp_path):
     ("name", "content", "words"),
     [
         ("missing.toml", None, "cannot read the configuration"),
-        ("a.toml", b"steps = = 3", "not valid TOML"),
+        ("a.toml", b"steps = = 3", "not valid TOML: Invalid value (at line 1, column 9); line 1 is 'steps = = 3'"),
+        ("a.toml", b"seed = 1\r\n[optim]\r\n  lr 3\r\n", "; line 3 is 'lr 3'"),
+        ("a.toml", b"steps = 3\ninputs = [\n  'a'\n\n", "; line 3 is \"'a'\""),  # never closed
+        ("a.toml", b"x = " + b"1 " * 1000, "; line 1 is 'x = 1 1 1 1"),
         ("a.json", b"{steps: 3}", "not valid JSON"),
+        ("a.json", b'{"seed": 1,\n "steps": }', "; line 2 is '\"steps\": }'"),
         ("a.json", b"[1, 2]", "expected a table of fields"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.toml", b"\xff\xfe", "cannot read the configuration"),
@@ -155,6 +159,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path, name, content, words):
         (tmp_path / name).write_bytes(content)
     text = refusal(lambda: TrainConfig.load(tmp_path / name))
     assert words in text and name in text
+    assert len(text) < 400 + len(str(tmp_path))
 
 
 def test_a_folder_is_not_a_file(tmp_path):

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,6 +34,10 @@ _REMEDY = "unset FASTGPT_REQUIRE_KERNELS to train on the reference"
 _warned = False
 
 
+class KernelsMissing(UserError, RuntimeError):
+    """FASTGPT_REQUIRE_KERNELS=1 is set where there are none."""
+
+
 def kernels_required() -> bool:
     """Whether FASTGPT_REQUIRE_KERNELS=1 asks for an error in place of the reference on a CUDA device."""
     return os.environ.get("FASTGPT_REQUIRE_KERNELS") == "1"
@@ -40,7 +46,7 @@ def kernels_required() -> bool:
 def select(x: Tensor) -> None:
     """The ops that serve tensors on the device of `x`; None for the reference, which is all there is so far.
 
-    Raises RuntimeError for a tensor on a CUDA device where kernels are required (see `kernels_required`);
+    Raises KernelsMissing for a tensor on a CUDA device where kernels are required (see `kernels_required`);
     where they are not, says once on stderr that the reference is used there.
     """
     if x.is_cuda:
@@ -62,7 +68,7 @@ def status() -> list[dict[str, str]]:
 def _without_kernels() -> None:
     global _warned
     if kernels_required():
-        raise RuntimeError(f"FASTGPT_REQUIRE_KERNELS=1 is set, but fastgpt has no CUDA kernels built; {_REMEDY}")
+        raise KernelsMissing(f"FASTGPT_REQUIRE_KERNELS=1 is set, but fastgpt has no CUDA kernels built; {_REMEDY}")
     if not _warned:
         _warned = True
         print("fastgpt: no CUDA kernels are built; the PyTorch reference runs on the GPU", file=sys.stderr)
