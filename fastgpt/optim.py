@@ -129,18 +129,41 @@ class AdamW(torch.optim.Optimizer):
             buckets.setdefault((id(count), p.dtype), (count, []))[1].append(p)
         return list(buckets.values())
 
+    def state_dict(self) -> dict:
+        """As torch's: nothing in it is shared between parameters, so that any AdamW can load it."""
+        saved = super().state_dict()
+        state = {n: {**s, "step": s["step"].clone()} if "step" in s else s for n, s in saved["state"].items()}
+        return {**saved, "state": state}
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but fp32 state of a low-precision parameter stays fp32, and equal step counts are shared."""
+        """As torch's, from this class or from `torch.optim.AdamW`; moments are kept in fp32 where they are here, equal
+        step counts are shared, and a master that is missing begins as its parameter.
+
+        Raises ValueError for state of a variant that this class is not (amsgrad, maximize)."""
+        for group in state_dict["param_groups"]:
+            if variants := [name for name in ("amsgrad", "maximize") if group.get(name)]:
+                raise ValueError(f"the state is of an AdamW with {' and '.join(variants)}, which {type(self).__name__} "
+                                 f"does not do; load it into torch.optim.AdamW")  # fmt: skip
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        for saved_group, group, before in zip(state_dict["param_groups"], self.param_groups, own, strict=True):
+            for name, value in before.items():
+                group.setdefault(name, value)  # what the other class does not have
             counts: dict[float, Tensor] = {}
             for number, p in zip(saved_group["params"], group["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
+                saved = state_dict["state"].get(number)
+                if not saved:
+                    continue
+                exact = torch.float64 if p.dtype == torch.float64 else torch.float32
+                state = self.state[p]
+                for name, value in saved.items():
                     if name == "step":
                         count = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
-                        self.state[p]["step"] = counts.setdefault(float(count), count)
+                        state["step"] = counts.setdefault(float(count), count)
                     elif isinstance(value, Tensor):
-                        self.state[p][name] = value.to(device=p.device, copy=True)
+                        state[name] = value.to(device=p.device, dtype=exact, copy=True)
+                if self.uses_master(p, group) and "master" not in state:
+                    state["master"] = p.detach().to(torch.float32)
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

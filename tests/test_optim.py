@@ -69,6 +69,89 @@ def test_adamw_works_with_groups_and_schedulers():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("begins, ends", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW)])
+def test_adamw_and_torchs_load_each_others_state(begins, ends, dtype):
+    """Half of the steps by the one, half by the other, equal all of them by torch's; and the first is left alone."""
+
+    def half(optimizer, params, steps):
+        for step in steps:
+            for i, p in enumerate(params):
+                p.grad = (p.detach().double() * 0.3 + randn(*p.shape, seed=1000 * step + i)).to(p.dtype)
+            optimizer.step()
+
+    def fresh(dtype):
+        return [nn.Parameter(randn(*s, seed=i).to(dtype)) for i, s in enumerate(SHAPES)]
+
+    def groups(params):
+        return [dict(params=params[:2]), dict(params=params[2:], lr=1e-2, weight_decay=0.0)]
+
+    options = dict(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    results = []
+    for working in (torch.float64, dtype):
+        params = fresh(working)
+        half(torch.optim.AdamW(groups(params), **options), params, range(20))
+        results.append([p.detach() for p in params])
+    ours = fresh(dtype)
+    first = begins(groups(ours), **options)
+    half(first, ours, range(10))
+    before = copy.deepcopy(first.state_dict())
+    second = ends(groups(ours))  # hyperparameters come with the state
+    second.load_state_dict(first.state_dict())
+    half(second, ours, range(10, 20))
+    for i, (a, b, c) in enumerate(zip((p.detach() for p in ours), results[1], results[0], strict=True)):
+        assert_within_rule(a, b, c, f"parameter {i}")
+    steps = [s["step"] for s in first.state_dict()["state"].values()]
+    assert all(torch.equal(a, s["step"]) for a, s in zip(steps, before["state"].values(), strict=True))
+
+
+def test_torchs_state_of_a_bf16_parameter_goes_on_in_fp32():
+    params = [nn.Parameter(randn(8, 8, dtype=torch.bfloat16))]
+    theirs, ours = torch.optim.AdamW(params), AdamW(params, lr=1e-4)
+    params[0].grad = torch.ones_like(params[0])
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+    state = ours.state[params[0]]
+    assert {t.dtype for t in state.values()} == {torch.float32} and state["step"] == 2
+    assert torch.equal(params[0].detach(), state["master"].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("variant", ["amsgrad", "maximize"])
+def test_state_of_a_variant_is_refused(variant):
+    params = [nn.Parameter(torch.ones(3))]
+    optimizer = AdamW(params, lr=0.5)
+    with pytest.raises(ValueError, match=f"an AdamW with {variant}, which AdamW does not do"):
+        optimizer.load_state_dict(torch.optim.AdamW(params, **{variant: True}).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_parameters_of_another_shape_or_number_are_refused():
+    saved = AdamW([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]).state_dict()
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        AdamW([nn.Parameter(torch.ones(3))]).load_state_dict(saved)
+
+
+def test_a_group_can_be_added_later_and_a_closure_is_called():
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        params = [nn.Parameter(randn(4, 3, seed=i)) for i in range(2)]
+        optimizer = kind(params[:1], lr=0.01)
+
+        def closure(params=params, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = sum((p**2).sum() for p in params)
+            loss.backward()
+            return loss
+
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group(dict(params=params[1:], lr=0.1, weight_decay=0.3))
+            loss = optimizer.step(closure)
+        results.append([*(p.detach() for p in params), loss.detach()])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("without", [range(10), range(3, 5), range(18, 20), (1, 4, 9)])
 def test_a_parameter_has_the_bias_correction_of_its_own_steps(without):
     """It may get its first gradient late, or none now and then."""
