@@ -33,6 +33,11 @@ class Positional:
     help: str
     many: bool = False  # any number of them, none included; otherwise exactly one
 
+    @property
+    def shown(self) -> str:
+        """In the help: RUN..., where there may be many."""
+        return f"{self.metavar}..." if self.many else self.metavar
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -267,7 +272,7 @@ def _tyro(
 
     shape: list[tuple] = []
     if positional is not None:  # for the help; `parse` takes the words itself
-        about = tyro.conf.arg(metavar=positional.metavar, help=positional.help, help_behavior_hint="")
+        about = tyro.conf.arg(metavar=positional.shown, help=positional.help, help_behavior_hint="")
         shape.append(("words", typing.Annotated[tyro.conf.Positional[tuple[str, ...]], about], ()))
     for i, base in enumerate(bases):
         shape.append((f"part{i}", typing.Annotated[type(base), tyro.conf.arg(name="")], _opened(base)))

@@ -101,7 +101,7 @@ class PlotConfig(_Config):
     """What `fastgpt plot` draws."""
 
     out: Optional[str] = None
-    """The picture (.png, .svg, .pdf); RUN/loss.png of the first run when not given."""
+    """The picture (.png, .svg, .pdf). If not given: RUN/loss.png, or of several runs loss-N-runs.png beside them."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Run:
     val_loss: list[float]
     val_bits: list[float]
     bits_per_nat: Optional[float]
-    """What a training loss is multiplied by for bits per byte; None where the dataset is gone."""
+    """What a training loss is multiplied by for bits per byte of the training text; None where the dataset is gone."""
     ladder: dict[str, float]
     """Bits per byte of what the run is compared with, by name; empty for a run that is no demo."""
 
@@ -70,14 +70,17 @@ def plot(run_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
 def plot_runs(runs: Sequence[Union[str, Path]], out: Union[str, Path, None] = None) -> Path:
     """Draw the training losses and validations of runs, from their metrics.jsonl, over the seconds they trained.
 
-    Returns the path of the picture (.png, .svg or .pdf), which is loss.png in the first run's folder unless `out`
-    is given. The unit is bits per byte where the runs' datasets are still there to tell how many bytes a token
-    stands for, and nats per token elsewhere. Where a single run's folder holds a ladder.json (the demo's), its
+    Returns the path of the picture (.png, .svg or .pdf). Unless `out` is given it is loss.png in the run's folder, for
+    several runs loss-N-runs.png beside the first one's. The unit is bits per byte where the runs' datasets are still
+    there to tell how many bytes a token stands for, in the training split and in the held-out one; nats per token
+    elsewhere. Where a single run's folder holds a ladder.json (the demo's), its
     entries are drawn as lines and the validations are marked as sample times.
 
     Raises UserError where there is nothing to draw, the picture cannot be written, or matplotlib is missing.
     """
-    path = Path(out) if out is not None else Path(runs[0]) / "loss.png"
+    first = Path(runs[0])
+    path = first / "loss.png" if len(runs) == 1 else first.parent / f"loss-{len(runs)}-runs.png"
+    path = path if out is None else Path(out)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}")
     read = [Run.read(run) for run in runs]
@@ -146,9 +149,9 @@ def _draw(figure: Any, runs: list[Run]) -> None:
         axes.spines[side].set_color(FAINT)
     axes.tick_params(colors=MUTED, labelsize=9, length=3)
     axes.set_xlabel("seconds of training", color=INK, fontsize=10)
-    unit = "bits per byte" if bits else "nats per token"
+    unit = "bits per byte, each text by its own bytes per token" if bits else "nats per token"
     title = f"{runs[0].name}: {unit}" if len(runs) == 1 else unit
-    axes.set_title(f"{title}, less is better", loc="left", color=INK, fontsize=11, pad=12)
+    axes.set_title(f"{title}; less is better", loc="left", color=INK, fontsize=11, pad=12)
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
@@ -161,8 +164,11 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def _bits_per_nat(run_dir: Path) -> Optional[float]:
+    """Of the training split, if the dataset in the run's configuration still has the run's tokenizer."""
     try:
         data = Path(TrainConfig.load(run_dir / "config.toml").data.path)
+        if (data / "tokenizer.json").read_bytes() != (run_dir / "tokenizer.json").read_bytes():
+            return None
         split = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["splits"]["train"]
         return split["tokens"] / (split["text_bytes"] + split["documents"]) / math.log(2)
     except (ConfigError, OSError, ValueError, KeyError, ZeroDivisionError):

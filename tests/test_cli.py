@@ -543,6 +543,14 @@ def test_plot_draws_one_run_and_several(inside, capsys, tmp_path):
     assert both.startswith(b"\x89PNG") and both != png
 
 
+def test_help_shows_what_may_be_given_several_times(capsys):
+    for command, word in {"plot": "RUN...", "prepare": "INPUT...", "sample": "RUN"}.items():
+        assert run(command, "--help") == 0
+        usage, *rest = capsys.readouterr().out.splitlines()
+        assert word in usage.replace("]", " ").split()
+        assert any(line.strip("│ ").split()[:1] == [word] for line in rest), command
+
+
 def test_verify_names_shard_and_block(inside, capsys, tmp_path):
     assert run("data", "verify", "data") == 0
     assert capsys.readouterr().out == "data: every block is intact\n"

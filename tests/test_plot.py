@@ -21,7 +21,9 @@ def write_run(folder, *, steps=50, dataset=True, ladder=False):
     data = folder / "data"
     data.mkdir()
     (folder / "config.toml").write_text(TrainConfig(data=DataConfig(path=str(data))).to_toml())
+    (folder / "tokenizer.json").write_text("a tokenizer")
     if dataset:
+        (data / "tokenizer.json").write_text("a tokenizer")
         split = {"tokens": 1000, "text_bytes": 1990, "documents": 10}
         (data / "dataset.json").write_text(json.dumps({"splits": {"train": split}}))
     if ladder:
@@ -54,7 +56,7 @@ def test_a_png_is_made(tmp_path):
     assert path == tmp_path / "run" / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(
-        ["config.toml", "data", "ladder.json", "loss.png", "metrics.jsonl"]
+        ["config.toml", "data", "ladder.json", "loss.png", "metrics.jsonl", "tokenizer.json"]
     )
 
 
@@ -86,12 +88,18 @@ def test_sample_times_are_marked(tmp_path):
     assert "3.00" in words(axes) and "2.09" in words(axes)
 
 
-def test_the_training_loss_is_in_bits_per_byte(tmp_path):
+def test_the_training_loss_is_in_bits_per_byte_of_the_training_text(tmp_path):
     axes = drawn(write_run(tmp_path / "run"))
     raw = next(line for line in axes.lines if len(line.get_xdata()) == 50)  # the line that is not finite is left out
-    # 2 bytes a token; the first loss is 5 nats a token
+    # 2 bytes a token in the training text, whatever it is in the validations; the first loss is 5 nats a token
     assert raw.get_ydata()[0] == pytest.approx(5.0 / math.log(2) / 2)
-    assert "bits per byte" in axes.get_title(loc="left")
+    assert "bits per byte, each text by its own bytes per token" in axes.get_title(loc="left")
+
+
+def test_data_prepared_anew_with_another_tokenizer_say_nothing_about_the_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "data" / "tokenizer.json").write_text("another tokenizer")
+    assert drawn(run).get_title(loc="left") == "run: nats per token; less is better"
 
 
 def test_nats_per_token_where_the_dataset_is_gone(tmp_path):
@@ -106,7 +114,14 @@ def test_several_runs_in_one_picture(tmp_path):
     assert words(drawn(one, two)) == ["two, held out 2.01", "one, held out 2.02"]
     mixed = drawn(one, write_run(tmp_path / "three", dataset=False))
     assert "nats per token" in mixed.get_title(loc="left")
-    assert plot_runs([one, two]) == one / "loss.png"
+
+
+def test_several_runs_leave_the_pictures_of_each_alone(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    alone = plot(one).read_bytes()
+    assert plot_runs([one, two]) == tmp_path / "loss-2-runs.png"
+    assert plot_runs([one, two, one]) == tmp_path / "loss-3-runs.png"
+    assert plot(one).read_bytes() == alone
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
