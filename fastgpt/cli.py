@@ -15,7 +15,10 @@ import difflib
 import errno
 import json
 import os
+import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +143,10 @@ def prepare(argv: list[str], prog: str) -> int:
     from .data import prepare as prepare_data
 
     prepare_data(config)
+    with contextlib.suppress(OSError):  # a closed stderr is no matter
+        folder = shlex.quote(config.out_dir)
+        command = f"{_program()} train --preset tiny --data.path {folder} --batch_tokens 4096 --out_dir runs/first"
+        print(f"next: {command}", file=sys.stderr)
     return 0
 
 
@@ -200,14 +207,21 @@ def train(argv: list[str], prog: str) -> int:
 
         return _print(report(estimate(config), config) + "\n")
     with _output_may_fail():
+        from .estimate import warm_up_warning
         from .progress import ConsoleProgress
         from .train import EXIT_INTERRUPTED, Trainer
 
         trainer = Trainer(
             config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
         )
+        for warning in warm_up_warning(config):
+            trainer.warn(warning)
         trainer.fit()
-        return EXIT_INTERRUPTED if trainer.interrupted else 0
+        if not trainer.interrupted:
+            return 0
+        command = f"{_program()} train --resume auto --out_dir {shlex.quote(config.out_dir)}"
+        print(f"fastgpt: all is saved, and this goes on: {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def sample(argv: list[str], prog: str) -> int:
@@ -356,6 +370,12 @@ def usage() -> str:
 # ---- output, refusals, and where it all begins -------------------------------------------------------
 
 
+def _program() -> str:
+    """How this process was called, for commands to be copied: `fastgpt`, or `python -m fastgpt`."""
+    as_module = Path(sys.argv[0]).parts[-2:] == ("fastgpt", "__main__.py")
+    return f"{shlex.quote(sys.orig_argv[0])} -m fastgpt" if as_module else "fastgpt"
+
+
 def _print(text: str) -> int:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -437,12 +457,21 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (sys.argv when not given) and return its exit code."""
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    own_process = argv is None and threading.current_thread() is threading.main_thread()
+    if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # All is done and written: a Ctrl-C from now on only shortens Python's own clearing up, without a traceback.
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+    return code
+
+
+def _main(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         try:
-            code = _run(list(sys.argv[1:] if argv is None else argv))
+            code = _run(argv)
         except SystemExit as exit:
             if exit.code:
                 raise

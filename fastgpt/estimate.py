@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import machine
-from .config import ModelConfig, TrainConfig
+from .config import PRESETS, ModelConfig, TrainConfig
 from .flops import flops_per_token
 from .model import GPT
 from .optim import build_optimizer
@@ -23,6 +23,10 @@ TIMED_SECONDS = 1.0
 PATIENCE = 4.0  # times TIMED_SECONDS
 # Share of the peak that training is assumed to reach where it is not timed: ordinary for transformers.
 ASSUMED_UTILISATION = 0.4
+# Times that a run may read its data before it is said to read them too often: from about here on another pass adds
+# next to nothing (Muennighoff et al., 2023, https://arxiv.org/abs/2305.16264).
+MANY_EPOCHS = 16
+LONG_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Estimate:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def epochs(self) -> float | None:
+        """Times that the run reads the training split; None without a prepared dataset."""
+        return self.tokens / self.dataset_tokens if self.dataset_tokens else None
 
 
 def _bytes_per_parameter(precision: str, uses_muon: bool) -> tuple[int, int]:
@@ -196,8 +205,8 @@ def report(found: Estimate, config: TrainConfig) -> str:
     """`estimate()`'s findings as lines for people."""
     needed = found.state_bytes + found.activation_bytes
     disk = found.checkpoint_bytes * found.checkpoints
-    if found.dataset_tokens:
-        share = f"{found.tokens / found.dataset_tokens:.2f} times the {found.dataset_tokens:,} in {config.data.path}"
+    if found.epochs is not None:
+        share = f"{found.epochs:,.2f} times the {found.dataset_tokens:,} in {config.data.path}"
     else:
         share = f"no dataset in {config.data.path} yet"
     parts = f"{size(found.state_bytes)} weights, gradients, optimizer; about {size(found.activation_bytes)} activations"
@@ -222,4 +231,23 @@ def report(found: Estimate, config: TrainConfig) -> str:
         lines.append(
             "The disk is too small for the checkpoints: give another --out_dir or lower --checkpoint.keep_last."
         )
-    return "\n".join(lines)
+    if found.epochs is not None and found.epochs > MANY_EPOCHS:
+        lines.append(
+            f"It reads the {found.dataset_tokens:,} training tokens {found.epochs:,.0f} times over, and after some "
+            f"{MANY_EPOCHS} a model only learns them by heart: lower --steps or --batch_tokens, or prepare more text."
+        )
+    if found.seconds > LONG_SECONDS:
+        tiny = "" if config.model.n_embd <= PRESETS["tiny"]["n_embd"] else "--preset tiny, "
+        lines.append(f"It takes longer than a day here: try {tiny}fewer --steps or a smaller --batch_tokens.")
+    return "\n".join([*lines, *warm_up_warning(config)])
+
+
+def warm_up_warning(config: TrainConfig) -> list[str]:
+    """A line where the warm-up lasts as long as the run, else nothing."""
+    warm_up = config.optim.warmup_steps
+    if not 0 < config.steps <= warm_up:
+        return []
+    return [
+        f"The learning rate never reaches its peak: the warm-up takes {warm_up:,} steps, the run {config.steps:,}; "
+        f"lower --optim.warmup_steps or raise --steps."
+    ]

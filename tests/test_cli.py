@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from fastgpt import arguments, cli
 from fastgpt.config import ConfigError, DataConfig, ModelConfig, PrepareConfig, RopeScaling, TrainConfig
 from fastgpt.errors import UserError
+from fastgpt.estimate import Estimate, activation_bytes, estimate, report
 from fastgpt.files import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -371,8 +373,6 @@ def test_dry_run_measures_and_writes_nothing(capsys, here):
 
 
 def test_dry_run_says_when_it_only_estimates(here):
-    from fastgpt.estimate import estimate, report
-
     config = TrainConfig(model=ModelConfig.preset("llama-8b"))
     found = estimate(config)
     assert found.parameters == 8_030_261_248 and not found.timed
@@ -386,13 +386,52 @@ def test_dry_run_says_when_it_only_estimates(here):
     assert small.tokens == 5000 * 524288
 
 
+ESTIMATE = Estimate(
+    parameters=1,
+    precision="float32",
+    device="cpu",
+    steps=200,
+    tokens=200 * 524288,
+    dataset_tokens=10**7,
+    state_bytes=1,
+    activation_bytes=1,
+    available_bytes=10,
+    checkpoint_bytes=1,
+    checkpoints=1,
+    disk_bytes=10,
+    seconds=86400.0,
+    timed=True,
+    how="measured",
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "config", "words"),
+    [
+        ({}, {}, []),
+        ({"dataset_tokens": 10**6}, {}, ["reads the 1,000,000 training tokens 105 times over", "--batch_tokens"]),
+        ({"dataset_tokens": None}, {}, []),
+        ({"seconds": 86401.0}, {}, ["longer than a day here: try --preset tiny, fewer --steps or", "--batch_tokens"]),
+        ({"seconds": 86401.0}, {"model": ModelConfig.preset("tiny")}, ["longer than a day here: try fewer --steps"]),
+        ({}, {"steps": 101}, []),  # the last step is at the peak
+        ({}, {"steps": 100}, ["never reaches its peak: the warm-up takes 100 steps, the run 100;", "warmup_steps"]),
+        ({}, {"steps": 0}, []),
+    ],
+)
+def test_a_dry_run_warns_of_what_nobody_wants(found, config, words):
+    config = TrainConfig(**{"steps": 200, **config})
+    lines = report(dataclasses.replace(ESTIMATE, **found), config).splitlines()
+    warnings = lines[[line.split()[0] for line in lines].index("time") + 1 :]
+    assert len(warnings) == bool(words)
+    assert all(word in warnings[0] for word in words)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "gpt2"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_activations_are_estimated_within_a_third(preset, precision):
     """Against the bytes of every tensor that autograd really keeps between forward and backward."""
     import torch
 
-    from fastgpt.estimate import activation_bytes
     from fastgpt.model import GPT
 
     config = ModelConfig.preset(preset, n_layer=3, n_head=4, n_embd=128, vocab_size=500, block_size=128)
@@ -465,6 +504,14 @@ def test_training_prints_plain_lines_where_there_is_no_terminal(inside, capsys, 
     assert run("train", *TINY, "--steps", "2", "--out_dir", str(tmp_path / "b")) == 0
     out = capsys.readouterr().out
     assert "step 2/2" in out and "\x1b" not in out and "\r" not in out
+
+
+def test_a_run_that_never_reaches_its_learning_rate_says_so(inside, capsys, tmp_path):
+    words = ["train", *TINY, "--steps", "1", "--optim.warmup_steps", "1"]
+    assert run(*words, "--out_dir", str(tmp_path / "w")) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("fastgpt: warning: The learning rate never reaches its peak") and err.count("\n") == 1
+    assert "another out_dir" in refusal(capsys, *words, "--out_dir", "runs/a")  # which takes one line alone
 
 
 def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
@@ -614,7 +661,7 @@ def test_training_may_write_where_nothing_is_taken(name, end, monkeypatch):
 
 def test_training_survives_a_closed_pipe_and_a_signal_saves(inside, capsys, tmp_path):
     """As in `fastgpt train | head`: the reader goes, the run goes on; until SIGINT, after which it can be resumed."""
-    folder = tmp_path / "r"
+    folder = tmp_path / "a run"
     words = ["train", *TINY, "--out_dir", str(folder)]
     process = start(*words, "--steps", "1000000", cwd=inside)
     while "step 3/" not in process.stdout.readline():
@@ -629,12 +676,59 @@ def test_training_survives_a_closed_pipe_and_a_signal_saves(inside, capsys, tmp_
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.read() == ""
+    command = f"{sys.executable} -m fastgpt train --resume auto --out_dir {shlex.quote(str(folder))}"
+    assert process.stderr.read() == f"fastgpt: all is saved, and this goes on: {command}\n"
     assert process.wait() == 75
     step = int(max(p.name for p in (folder / "checkpoints").iterdir()).removeprefix("step-"))
     assert step >= gone + 20
     assert run(*words, "--steps", str(step + 1), "--resume", "auto", "--allow_changes") == 0
     assert f"resumed at step {step}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_another_interrupt_while_python_ends_is_quiet(code):
+    """atexit stands for the threads and libraries that take their time to end."""
+    script = (
+        "import atexit, sys, time; from fastgpt import cli\n"
+        "def interrupted(argv, prog):\n    if %d == 75: return 75\n    raise KeyboardInterrupt\n"
+        "cli.COMMANDS['doctor'] = cli.Command(interrupted, '', '')\n"
+        "atexit.register(lambda: (print('leaving', flush=True), time.sleep(60)))\n"
+        "sys.argv = ['fastgpt', 'doctor']; sys.exit(cli.main())"
+    )
+    command = [sys.executable, "-c", script % code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout.readline() == "leaving\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].strip() == ""
+    assert process.returncode == code
+
+
+def test_main_as_a_function_leaves_the_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    assert run("--version") == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("line", ["", "--version", "data", "train --help", "train --stepz 3", "plot missing"])
+def test_the_module_and_the_script_are_one(line, here):
+    """The script calls `fastgpt.cli.main` and exits with what it returns."""
+    script = "import sys; from fastgpt.cli import main; sys.argv[0] = 'fastgpt'; sys.exit(main())"
+    results = [
+        subprocess.run([sys.executable, *how, *line.split()], capture_output=True, env=ENVIRONMENT)
+        for how in (["-c", script], ["-m", "fastgpt"])
+    ]
+    first, second = ((done.returncode, done.stdout, done.stderr) for done in results)
+    assert first == second
+
+
+def test_prepare_names_the_next_step(inside, capsys, tmp_path):
+    folder = tmp_path / "new data"
+    assert run("prepare", "texts", "--vocab_size", "300", "--workers", "1", "--out_dir", str(folder)) == 0
+    out, err = capsys.readouterr()
+    before, words = err.splitlines()[-1].split(" train ")
+    assert (out, before) == ("", "next: fastgpt")
+    config = printed_config(capsys, *shlex.split(words))
+    assert config.data.path == str(folder) and config.model.n_layer == ModelConfig.preset("tiny").n_layer
 
 
 def test_dataclass_options_have_help():

@@ -326,13 +326,14 @@ class Demo:
             "took", f"{duration(time.monotonic() - self.began)} minutes, {duration(self.trained)} of them training"
         )
         screen.print()
-        screen.command("next", f"{command} sample {self.folder} --prompt {shlex.quote(self.watched.strip())}")
-        screen.command("", f"{command} plot {self.folder}")
+        folder = shlex.quote(str(self.folder))
+        screen.command("next", f"{command} sample {folder} --prompt {shlex.quote(self.watched.strip())}")
+        screen.command("", f"{command} plot {folder}")
         screen.command("", "make demo CORPUS=path/to/your/text")
 
     def say_interrupted(self) -> None:
         self.screen.line("stopped", f"at step {self.stopped_at:,}; all is saved, and this goes on:")
-        self.screen.command("", f"{program()} train --resume {self.folder} --out_dir {self.folder}")
+        self.screen.command("", f"{program()} train --resume auto --out_dir {shlex.quote(str(self.folder))}")
 
 
 class Watch:
@@ -474,4 +475,5 @@ def program() -> str:
 if __name__ == "__main__":
     from ..cli import main as cli
 
-    sys.exit(cli(["demo", *sys.argv[1:]]))
+    sys.argv.insert(1, "demo")
+    sys.exit(cli())
