@@ -6,6 +6,10 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import io
 
 
 def sync(path: Path) -> None:
@@ -20,6 +24,13 @@ def sync(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file until nothing is left: a nearly full disk takes a part and then refuses."""
+    data = memoryview(data)
+    while data:
+        data = data[file.write(data) :]
 
 
 def write_atomically(path: Path, text: str) -> None:

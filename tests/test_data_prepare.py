@@ -429,7 +429,7 @@ def test_a_killed_prepare_leaves_no_workers_and_goes_on(tmp_path):
     assert process.returncode == -signal.SIGKILL, errors.decode()
     assert not (tmp_path / "data" / "dataset.json").exists()
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() and b"encode" in cmdline(worker) for worker in workers):
+    while any(Path(f"/proc/{worker}").exists() and b"serve" in cmdline(worker) for worker in workers):
         assert time.monotonic() < deadline, "a worker outlived its caller"
         time.sleep(0.01)
     meta = prepare(settings, progress=False)
@@ -446,14 +446,14 @@ def cmdline(process):
 
 def test_a_dead_worker_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
     corpus(tmp_path / "corpus")
-    from fastgpt.data import encode
+    from fastgpt.data import pool
 
     start = subprocess.Popen
 
     def dying(command, **options):
         return start([command[0], "-c", "import os; os.kill(os.getpid(), 9)"], **options)
 
-    monkeypatch.setattr(encode.subprocess, "Popen", dying)
+    monkeypatch.setattr(pool.subprocess, "Popen", dying)
     with pytest.raises(UserError, match="a worker process ended with exit code -9"):
         prepare(config(tmp_path, workers=2), progress=False)
     monkeypatch.undo()
@@ -562,10 +562,14 @@ def test_a_full_file_system(tmp_path):
 # ---- how it is used --------------------------------------------------------------------------
 
 
-def test_reading_and_encoding_import_no_torch():
+def test_reading_and_encoding_import_no_torch_and_workers_no_numpy():
     code = """
     import sys
-    import fastgpt.data.preparation, fastgpt.data.dataset, fastgpt.data.encode
+    import fastgpt.data.worker, fastgpt.data.encode, fastgpt.tokenizer
+    tokenizer = fastgpt.tokenizer.Tokenizer.train(texts=["some text"], vocab_size=258)
+    assert tokenizer.encode_to_bytes("some") == b"".join(i.to_bytes(4, sys.byteorder) for i in tokenizer.encode("some"))
+    assert "numpy" not in sys.modules
+    import fastgpt.data.preparation, fastgpt.data.dataset
     assert "torch" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)

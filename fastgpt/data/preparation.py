@@ -35,7 +35,8 @@ from ..machine import cores
 from .dataset import DATASET_FILE, SPLITS, TOKENIZER_FILE, Dataset, read_meta, write_meta
 from .digests import DigestSet
 from .documents import DIGEST_BYTES, InputError, InputFile, Piece, Position, digest_of, find_files, read_pieces
-from .encode import Encoded, Encoder, Inline, Texts, WorkerPool
+from .encode import Encoded, Encoder, Texts
+from .pool import Inline, WorkerPool
 from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for
 
 if TYPE_CHECKING:
@@ -234,9 +235,8 @@ class _Preparation:
         self.tokenizer_owned = state["tokenizer_owned"]
         tokenizer = self._tokenizer(tokenizer, state if resumed else None)
         encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
-        self.writers = {
-            split: ShardWriter(self.folder, split, encoder.dtype, self.config.shard_tokens) for split in SPLITS
-        }
+        dtype = dtype_for(tokenizer.vocab_size)
+        self.writers = {split: ShardWriter(self.folder, split, dtype, self.config.shard_tokens) for split in SPLITS}
         self.tokenizer_sha256 = tokenizer.sha256
         self._restore(state if resumed else None)
         self._save()
@@ -367,7 +367,8 @@ class _Preparation:
 
     def _commit(self, piece: Piece, encoded: Encoded) -> None:
         """Take one piece's documents over, in reading order."""
-        self.encoded_ids += len(encoded.ids)
+        ids = np.frombuffer(encoded.ids, np.uint32).astype(self.writers["train"].dtype)
+        self.encoded_ids += len(ids)
         self.encoded_input = piece.consumed
         runs: list[list[Any]] = []  # [split, first id, end]: neighbours that go to one place are written at once
         end = 0
@@ -390,7 +391,7 @@ class _Preparation:
             else:
                 runs.append([split, start, end])
         for split, start, end in runs:
-            self.writers[split].append(encoded.ids[start:end])
+            self.writers[split].append(ids[start:end])
         self.empty += encoded.empty
         self.replaced += encoded.replaced
         self.position, self.consumed = piece.position, piece.consumed

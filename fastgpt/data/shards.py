@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import sync
+from ..files import sync, write_all
 
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
@@ -253,10 +253,3 @@ class ShardWriter:
         size = HEADER_BYTES + self._count * self.dtype.itemsize
         self.shards.append({"file": final.name, "tokens": self._count, "bytes": size, "crc32": self._crcs})
         self._start_shard()
-
-
-def write_all(file: Any, data: bytes | memoryview) -> None:
-    """Write to an unbuffered file until nothing is left: a nearly full disk takes a part and then refuses."""
-    data = memoryview(data)
-    while data:
-        data = data[file.write(data) :]

@@ -1,0 +1,115 @@
+"""Where pieces are encoded: in this process, or in several."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Pipe
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .worker import Channel
+
+if TYPE_CHECKING:
+    from .documents import Piece
+    from .encode import Encoded, Encoder
+
+
+class Inline:
+    """The pool of one: encodes in this process."""
+
+    workers = 1
+
+    def start(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def submit(self, piece: Piece) -> Future[Encoded]:
+        future: Future[Encoded] = Future()
+        future.set_result(self._encoder.encode(piece))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerPool:
+    """Worker processes, each served by a thread of this one, which only waits for its channel.
+
+    They come up while the caller loads the tokenizer, and take pieces after `start`. They end when their channel
+    closes, however the caller died.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._idle: queue.SimpleQueue[tuple[Channel, subprocess.Popen]] = queue.SimpleQueue()
+        self._all: list[tuple[Channel, subprocess.Popen]] = []
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        # what it will need is imported before the encoder comes, which brings the tokenizer's module by itself
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; import fastgpt.data.encode, fastgpt.tokenizer, tiktoken; "
+            "from fastgpt.data.worker import serve; serve(int(sys.argv[1]))"
+        )
+        try:
+            for _ in range(workers):
+                ours, theirs = Pipe()
+                with theirs:
+                    process = subprocess.Popen(
+                        [sys.executable, "-c", code, str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                    )
+                self._all.append((Channel(ours), process))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, encoder: Encoder) -> None:
+        """Give every worker the encoder. Raises UserError where one has died."""
+        for channel, process in self._all:
+            try:
+                channel.send(encoder)
+            except OSError:
+                raise self._died(process) from None
+            self._idle.put((channel, process))
+
+    def submit(self, piece: Piece) -> Future[Encoded]:
+        """The piece's ids, when a worker has made them."""
+        return self._threads.submit(self._run, piece)
+
+    def close(self) -> None:
+        """End the workers; what they have in hand is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _, process in self._all:
+            process.kill()
+        self._threads.shutdown(wait=True)
+        for channel, process in self._all:
+            channel.close()
+            process.wait()
+
+    def _run(self, piece: Piece) -> Encoded:
+        channel, process = self._idle.get()
+        try:
+            lengths = [len(item) for item in piece.data]
+            channel.send((dataclasses.replace(piece, data=[]), lengths), b"".join(piece.data))
+            result, ids = channel.receive()
+        except (EOFError, OSError):
+            raise self._died(process) from None
+        finally:
+            self._idle.put((channel, process))
+        if isinstance(result, BaseException):
+            raise result
+        result.ids = ids
+        return result
+
+    @staticmethod
+    def _died(process: subprocess.Popen) -> UserError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        return UserError(
+            f"a worker process ended with exit code {process.returncode} (-9 is mostly a lack of memory); run it again "
+            f"to continue, with fewer workers"
+        )
