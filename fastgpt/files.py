@@ -26,6 +26,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def partial(path: Path) -> Path:
+    """What `write_atomically` calls the file while it is written: all that a kill leaves of it."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
     """Write to an unbuffered file until nothing is left: a nearly full disk takes a part and then refuses."""
     data = memoryview(data)
@@ -36,7 +41,7 @@ def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part. Raises OSError where it cannot
     be written, leaving nothing; what a kill leaves is overwritten the next time."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

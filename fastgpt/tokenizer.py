@@ -333,7 +333,7 @@ class Tokenizer:
                 few pairs that occur twice gives fewer; `vocab_size` of the result tells.
             texts: documents, instead of files; each is a text of its own.
             max_bytes: the most text (UTF-8) to train on. It bounds the memory: about 2 bytes for each of
-                them in code or prose, where pieces recur, up to 60 in a script without spaces.
+                them in code or prose, where pieces recur, about 120 in a script without spaces.
             errors: "strict" refuses invalid UTF-8; "replace" turns it into U+FFFD.
 
         Raises UserError for a file that is missing, a directory or not UTF-8 (with the byte offset), for

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from fastgpt.data import documents
 from fastgpt.data.digests import DigestSet
-from fastgpt.data.documents import InputError, Position, cut, find_files, read_pieces
+from fastgpt.data.documents import InputError, Position, cut, find_files, plain_path, read_pieces
 from fastgpt.data.encode import Encoder, Texts
 
 from .data_cases import small_tokenizer, text
 
 
 def pieces(path, start=None, field="text"):
-    return list(read_pieces(find_files([str(path)]), start or Position(), field))
+    files, _ = find_files([str(path)])
+    return list(read_pieces(files, start or Position(), field))
 
 
 def texts(path, errors="strict", field="text"):
@@ -111,7 +112,7 @@ def test_rows_of_parquet(tmp_path):
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=150)
     assert texts(tmp_path / "a.parquet") == contents
     assert texts(tmp_path / "a.parquet", field="body") == contents
-    with pytest.raises(InputError, match="has no column 'prose'; it has n, text, body"):
+    with pytest.raises(InputError, match="has no column 'prose'; it has n, text, body; choose one with --text_field"):
         texts(tmp_path / "a.parquet", field="prose")
     with pytest.raises(InputError, match="'n' holds int64; expected text"):
         texts(tmp_path / "a.parquet", field="n")
@@ -140,6 +141,22 @@ def test_folders_are_read_in_the_order_of_their_paths(tmp_path):
         write(tmp_path / name, "" if name == "empty.txt" else "no text")
     (tmp_path / "loop").symlink_to(tmp_path)
     assert texts(tmp_path) == ["B.txt", "a.txt", "b.jsonl", "b/a.py", "b/z.txt", "é.md"]
+
+
+def test_files_of_other_kinds_in_a_folder_are_named(tmp_path):
+    for name in ("LICENSE", "a.txt", "b/c.png", ".hidden", ".git/config", "z.gz"):
+        write(tmp_path / name, "text")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    files, skipped = find_files([str(tmp_path)])
+    assert [file.name for file in files] == [f"{tmp_path}/a.txt"]
+    assert skipped == [f"{tmp_path}/{name}" for name in ("LICENSE", "b/c.png", "z.gz")]
+
+
+@pytest.mark.parametrize("spelling", ["texts/", "./texts", "texts/.", ".//texts//"])
+def test_a_path_has_one_spelling(spelling):
+    assert plain_path(spelling) == "texts"
+    assert plain_path("link/../texts") == "link/../texts"
+    assert plain_path("") == ""
 
 
 def test_a_file_named_itself_is_read_whatever_its_ending(tmp_path):
@@ -235,7 +252,7 @@ def test_a_document_is_never_held_whole(tmp_path):
         for _ in range(size >> 20):
             file.write(b"word " * (1 << 20) + b"\n" if _ % 7 == 3 else b"x" * (1 << 20))
     tracemalloc.start()
-    total = sum(piece.size for piece in read_pieces(find_files([str(tmp_path)]), Position(), "text"))
+    total = sum(piece.size for piece in read_pieces(find_files([str(tmp_path)])[0], Position(), "text"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == (tmp_path / "a.txt").stat().st_size

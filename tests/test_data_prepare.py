@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt.data import Dataset, documents, preparation, prepare, shards, verify
+from fastgpt.data import Dataset, adopt_shards, documents, preparation, prepare, shards, verify
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
 
@@ -277,7 +277,7 @@ def test_files_of_others_are_not_touched(tmp_path):
         (tmp_path / "data").mkdir()
         Tokenizer.train(texts=["abab"], vocab_size=257).save(tmp_path / "data" / name)
         before = contents(tmp_path / "data")
-        with pytest.raises(UserError, match="choose another out_dir"):
+        with pytest.raises(UserError, match="choose another --out_dir"):
             prepare(config(tmp_path, **change), progress=False)
         assert contents(tmp_path / "data").items() >= before.items()
         for path in (tmp_path / "data").iterdir():
@@ -338,6 +338,170 @@ def test_inputs_without_text_are_refused(tmp_path):
         with pytest.raises(UserError, match="no text"):
             prepare(config(tmp_path, **tokenizer), progress=False)
         assert not (tmp_path / "data").exists()
+
+
+# ---- what it tells ---------------------------------------------------------------------------
+
+
+def test_files_that_are_skipped_are_named_and_counted(tmp_path, capsys):
+    corpus(tmp_path / "corpus")
+    for name in ("LICENSE", "Makefile"):
+        (tmp_path / "corpus" / name).write_text("text")
+    folder = str(tmp_path / "corpus")
+    assert prepare(config(tmp_path))["sources"]["skipped"] == 2
+    told = f"skipped 2 files of other kinds: {folder}/LICENSE, {folder}/Makefile; name a file itself to read it\n"
+    assert told in capsys.readouterr().err
+    for name in ("a.png", "b.png"):
+        (tmp_path / "corpus" / name).write_text("text")
+    assert prepare(config(tmp_path, val_inputs=(folder,), out_dir=str(tmp_path / "b")))["sources"]["skipped"] == 8
+    assert f"skipped 8 files of other kinds: {folder}/LICENSE, {folder}/Makefile, {folder}/a.png, ...;" in (
+        capsys.readouterr().err
+    )
+    named = config(tmp_path, inputs=(f"{folder}/LICENSE",), out_dir=str(tmp_path / "c"))
+    assert prepare(named)["sources"]["skipped"] == 0 and "skipped" not in capsys.readouterr().err
+
+
+def test_a_small_validation_split_is_warned_of(tmp_path, capsys):
+    corpus(tmp_path / "corpus", words=200)
+    warning = "tokens are too few for a validation loss to rely on; give "
+    tokens = prepare(config(tmp_path, val_fraction=0.05))["splits"]["val"]["tokens"]
+    assert f"warning: {tokens} {warning}a larger --val_fraction, or --val_inputs\n" in capsys.readouterr().err
+    (tmp_path / "val.txt").write_text("one fox")
+    prepare(config(tmp_path, val_inputs=(str(tmp_path / "val.txt"),), out_dir=str(tmp_path / "b")))
+    assert f"{warning}more --val_inputs\n" in capsys.readouterr().err
+    for enough in ({"val_fraction": 0.5}, {"val_fraction": 0.0}):
+        prepare(config(tmp_path, overwrite=True, **enough))
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_text_whose_end_is_held_out_is_one_document(tmp_path, capsys, small_pieces):
+    corpus(tmp_path / "corpus", documents=1, words=2000)
+    prepare(config(tmp_path))
+    told = capsys.readouterr().err
+    assert told.startswith("1 document, ") and "; the end of the text became the validation split\n" in told
+    corpus(tmp_path / "corpus")
+    prepare(config(tmp_path, overwrite=True))
+    told = capsys.readouterr().err
+    assert told.startswith("40 documents, ") and "the end of the text" not in told
+
+
+def test_a_vocabulary_smaller_than_asked_for_is_explained(tmp_path, capsys):
+    corpus(tmp_path / "corpus", documents=3)
+    size = prepare(config(tmp_path, tokenizer="train", vocab_size=5000))["vocab_size"]
+    told = capsys.readouterr().err
+    assert size < 5000 and f"trained a tokenizer of {size} tokens" in told
+    assert "the text is too short for the 5000 asked for: no other pair occurs twice\n" in told
+    prepare(config(tmp_path, tokenizer="train", vocab_size=size, overwrite=True))
+    assert "too short" not in capsys.readouterr().err
+
+
+# ---- another dataset in its place ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["corpus/", "./corpus", ".//corpus/."])
+def test_the_spelling_of_a_path_does_not_matter(tmp_path, monkeypatch, spelling):
+    corpus(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    changes = {"val_fraction": 0.2}
+    for inputs in ({"inputs": ("{}",)}, {"inputs": ("corpus/0001.txt",), "val_inputs": ("{}",)}):
+        first, second = (
+            config(tmp_path, **changes, **{k: tuple(v.format(name) for v in values) for k, values in inputs.items()})
+            for name in ("corpus", spelling)
+        )
+        prepare(first.replace(overwrite=True), progress=False)
+        assert prepare(second, progress=False)["run"]["already_done"]
+
+
+@pytest.mark.parametrize("tokenizer", ["train", "{}/small.json", "{}/data"])
+def test_a_dataset_is_replaced_when_asked_for(tmp_path, tokenizer):
+    corpus(tmp_path / "corpus", words=300)
+    prepare(config(tmp_path, tokenizer="train", vocab_size=280), progress=False)
+    (tmp_path / "data" / "notes.md").write_text("mine")
+    (tmp_path / "corpus" / "0000.txt").write_text("changed")
+    new = config(tmp_path, tokenizer=tokenizer.format(tmp_path), vocab_size=270, shard_tokens=10_000)
+    with pytest.raises(UserError, match=r"choose another --out_dir, or replace it with --overwrite"):
+        prepare(new, progress=False)
+    prepare(new.replace(out_dir=str(tmp_path / "fresh")), progress=False)
+    prepare(new.replace(overwrite=True), progress=False)
+    fresh, replaced = contents(tmp_path / "fresh"), contents(tmp_path / "data")
+    assert replaced.keys() - fresh.keys() == {"notes.md"} and verify(tmp_path / "data") == []
+    if tokenizer == "{}/data":  # an input now, and no more for prepare to remove, as dataset.json says
+        del fresh["dataset.json"]
+    assert replaced.items() >= fresh.items()
+
+
+def test_a_damaged_dataset_is_replaced_when_asked_for(tmp_path):
+    corpus(tmp_path / "corpus")
+    prepare(config(tmp_path), progress=False)
+    before = contents(tmp_path / "data")
+    path = tmp_path / "data" / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated or damaged; prepare it anew with --overwrite"):
+        prepare(config(tmp_path), progress=False)
+    prepare(config(tmp_path, overwrite=True), progress=False)
+    assert contents(tmp_path / "data") == before
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    """Refused before anything is removed."""
+    corpus(tmp_path / "corpus")
+    folder, new = tmp_path / "data", config(tmp_path, overwrite=True, val_fraction=0.5)
+    folder.mkdir()
+    small_tokenizer().save(folder)
+    prepare(config(tmp_path, tokenizer=str(folder)), progress=False)
+    other = Tokenizer.train(texts=["abab"], vocab_size=257).save(tmp_path / "other.json")
+    before = contents(folder)
+    for tokenizer, message in (("train", "exists; give it as --tokenizer"), (str(other), "is another tokenizer than")):
+        with pytest.raises(UserError, match=message):
+            prepare(new.replace(tokenizer=tokenizer), progress=False)
+        assert contents(folder) == before
+    (folder / "train-00099.bin").write_text("mine")
+    with pytest.raises(UserError, match=r"train-00099\.bin was not written by this prepare"):
+        prepare(new, progress=False)
+    (folder / "train-00099.bin").unlink()
+    assert contents(folder) == before
+    (folder / "dataset.json").unlink()
+    adopt_shards(folder, train=[p.name for p in sorted(folder.glob("train-*.bin"))], tokenizer=folder)
+    before = contents(folder)
+    with pytest.raises(UserError, match="holds a dataset that prepare did not write"):
+        prepare(new, progress=False)
+    assert contents(folder) == before
+
+
+def test_killed_while_it_overwrites_nothing_is_mixed(tmp_path, small_pieces):
+    corpus(tmp_path / "corpus", documents=12)
+    folder, old = tmp_path / "data", config(tmp_path, shard_tokens=200)
+    new = old.replace(val_fraction=0.5, tokenizer=str(tmp_path / "other.json"))
+    Tokenizer.train(texts=[text(1, 60)], vocab_size=290).save(tmp_path / "other.json")
+    prepare(new.replace(out_dir=str(tmp_path / "whole")), progress=False)
+    whole = contents(tmp_path / "whole")
+    taken_over = False
+    for event in (*range(12), 20, 30):
+        prepare(old.replace(overwrite=True), progress=False)
+        before = contents(folder)
+        in_child(lambda event=event: (kill_at(event), prepare(new.replace(overwrite=True))), -signal.SIGKILL)
+        if (folder / "dataset.json").exists():
+            assert not taken_over and contents(folder).items() >= before.items() and verify(folder) == []
+            prepare(old, progress=False)
+            assert contents(folder) == before
+            in_child(lambda: prepare(new.replace(overwrite=True)))
+        else:
+            taken_over = True
+            with pytest.raises(UserError, match=r"interrupted prepare .*replace it with --overwrite"):
+                prepare(old, progress=False)
+            in_child(lambda event=event: prepare(new.replace(overwrite=event % 2 == 0)))
+        assert contents(folder) == whole, f"after a kill at event {event}"
+    assert taken_over
+
+
+def test_an_interrupted_run_is_replaced_when_asked_for(tmp_path, small_pieces):
+    corpus(tmp_path / "corpus")
+    other = config(tmp_path, val_fraction=0.5, tokenizer="train", vocab_size=280)
+    in_child(lambda: (kill_at(60), prepare(other, progress=False)), -signal.SIGKILL)
+    assert (tmp_path / "data" / "tokenizer.json").exists()
+    prepare(config(tmp_path, overwrite=True), progress=False)
+    prepare(config(tmp_path, out_dir=str(tmp_path / "fresh")), progress=False)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
 
 # ---- kills -----------------------------------------------------------------------------------

@@ -189,12 +189,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); prepare the data again") from None
+        raise UserError(f"{path} is not JSON ({error}); prepare the data again, in a new folder") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
         found = [meta.get("format"), meta.get("version")] if isinstance(meta, dict) else type(meta).__name__
         raise UserError(f"{path}: found {found}; expected format {FORMAT!r}, version {VERSION}")
     if meta.get("sha256") != _checksum(meta):
-        raise UserError(f"{path} was changed or damaged: its checksum does not match; prepare the data again")
+        raise UserError(
+            f"{path} was changed or damaged: its checksum does not match; prepare the data again, in a new folder"
+        )
     return meta
 
 

@@ -8,8 +8,8 @@
 | .parquet                         | one a row: the text column                                             |
 
 .txt and .jsonl may be compressed (.gz, .zst). A line break next to a mark belongs to the mark. Empty documents
-are left out. In folders, files with another ending and hidden ones are passed over; a file that is named itself
-is read whatever its ending.
+are left out. In folders, files with another ending are skipped and told of, hidden ones passed over; a file that is
+named itself is read whatever its ending.
 
 The order is that of the inputs, each folder's files sorted by path. A `Position` says how far reading has come,
 and reading that starts there yields what it would have yielded.
@@ -26,6 +26,8 @@ import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -144,13 +146,20 @@ def _classify(name: str) -> tuple[str, str] | None:
     return None
 
 
-def find_files(inputs: Sequence[str], split: str = "") -> list[InputFile]:
-    """The files of inputs and of the folders among them, in reading order.
+def plain_path(path: str) -> str:
+    """One spelling for `texts`, `./texts` and `texts/`. (`..` stays: behind a link it is another folder.)"""
+    return str(Path(path)) if path else path
+
+
+def find_files(inputs: Sequence[str], split: str = "") -> tuple[list[InputFile], list[str]]:
+    """The files of inputs and of the folders among them, in reading order, and the names of the files in those
+    folders that are skipped as not of a kind that is read.
 
     Raises InputError naming the path for an input that is missing, empty, not a file, or not readable, and for a
     folder without a text file.
     """
     files: list[InputFile] = []
+    skipped: list[str] = []
     for given in inputs:
         try:
             mode = os.stat(given).st_mode
@@ -163,18 +172,26 @@ def find_files(inputs: Sequence[str], split: str = "") -> list[InputFile]:
                 raise InputError(f"the input {given} is empty; expected a file with text")
             files.append(file)
         elif stat.S_ISDIR(mode):
-            found = [_input_file(path, name, kind, split) for path, name, kind in _walk(given)]
+            found = []
+            for path, name, kind in _walk(given):
+                if kind is None:
+                    skipped.append(name)
+                else:
+                    found.append(_input_file(path, name, kind, split))
             if not any(file.size for file in found):
                 raise InputError(
-                    f"the folder {given} holds no text; expected .txt, .jsonl(.gz|.zst), .parquet or source code"
+                    f"the folder {given} holds no text; expected .txt, .jsonl(.gz|.zst), .parquet or source code; "
+                    f"a file with another ending is read when it is named itself"
                 )
             files += found
         else:
             raise InputError(f"the input {given} is neither a file nor a folder")
-    return files
+    return files, skipped
 
 
-def _walk(root: str) -> Iterator[tuple[str, str, tuple[str, str]]]:
+def _walk(root: str) -> Iterator[tuple[str, str, tuple[str, str] | None]]:
+    """The files below a folder, hidden ones left out, by path: (path, name for messages, what _classify says)."""
+
     def refuse(error: OSError) -> None:
         raise InputError(f"cannot list the folder {error.filename}: {error.strerror}") from None
 
@@ -183,11 +200,10 @@ def _walk(root: str) -> Iterator[tuple[str, str, tuple[str, str]]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = "" if folder == root else os.path.relpath(folder, root) + os.sep
         for name in names:
-            kind = _classify(name)
             path = os.path.join(folder, name)
-            if kind is not None and not name.startswith(".") and os.path.isfile(path):
-                found.append((os.fsencode(inside + name), path, kind))
-    for relative, path, kind in sorted(found):
+            if not name.startswith(".") and os.path.isfile(path):
+                found.append((os.fsencode(inside + name), path, _classify(name)))
+    for relative, path, kind in sorted(found, key=itemgetter(0)):
         yield path, os.path.join(root, relative.decode("utf-8", "replace")), kind
 
 
@@ -510,7 +526,7 @@ def _read_rows(
         names = table.schema_arrow.names
         if text_field not in names:
             raise InputError(
-                f"{file.name} has no column {text_field!r}; it has {', '.join(names)}; choose one with text_field"
+                f"{file.name} has no column {text_field!r}; it has {', '.join(names)}; choose one with --text_field"
             )
         kind = table.schema_arrow.field(text_field).type
         text_types = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())

@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,24 +30,36 @@ import numpy as np
 
 from ..config import PrepareConfig
 from ..errors import UserError
-from ..files import FolderLock, sync, write_atomically
+from ..files import FolderLock, partial, sync, write_atomically
 from ..machine import cores
 from .dataset import DATASET_FILE, SPLITS, TOKENIZER_FILE, Dataset, read_meta, write_meta
 from .digests import DigestSet
-from .documents import DIGEST_BYTES, InputError, InputFile, Piece, Position, digest_of, find_files, read_pieces
-from .encode import Encoded, Encoder, Texts
-from .pool import Inline, WorkerPool
+from .documents import (
+    DIGEST_BYTES,
+    InputError,
+    InputFile,
+    Piece,
+    Position,
+    digest_of,
+    find_files,
+    plain_path,
+    read_pieces,
+)
+from .encode import Encoded, Encoder, Inline, Texts, WorkerPool
 from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 STATE_FILE, DIGESTS_FILE = "prepare.json", "prepare.digests"
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 STATE_SECONDS = 5.0  # between two states on the disk: what a kill can cost
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
-TRAINING_BYTES = 64 << 20  # of text that a tokenizer is trained on
+# Of text that a tokenizer is trained on: in a script without spaces hardly a piece recurs, and each byte takes about
+# 120 of memory (measured on 8 and 16 MiB of Chinese characters), so this keeps training below 2 GB.
+TRAINING_BYTES = 16 << 20
+FEW_TOKENS = 1000  # a token's loss varies by about 3 nats, so the mean of fewer is off by more than 0.1
 _AHEAD_PER_WORKER = 3  # pieces read ahead of the one to write next: one encoding, two waiting
 _AHEAD_BYTES = 4 << 20  # ... and their text for each worker, which bounds the memory
 _SMALL = 4 << 20  # input for which another worker would start later than the work is done
@@ -60,26 +72,33 @@ def prepare(config: PrepareConfig, progress: bool = True) -> dict[str, Any]:
     writing), `tokenizer_seconds`, `mb_per_second` (of text), `resumed` and `already_done`. The same inputs and
     settings give the same bytes with any number of workers, however often the run was interrupted.
 
+    `config.overwrite` replaces a dataset that prepare wrote to the folder before, and an interrupted run of other
+    inputs or settings. What is there is gone from the first moment of the work on; files of others are not touched.
+
     `progress` shows a bar on stderr, or lines where that is no terminal.
 
     Raises UserError, with nothing kept in the folder, for inputs that cannot be read (missing, empty, not UTF-8
     and errors="strict", damaged) and for a full disk; and, with the folder left as it is, where another prepare
-    works there, where it holds anything but this very dataset, and where a worker dies.
+    works there, where it holds anything but this very dataset (or, to overwrite, another), and where a worker dies.
     """
     if not config.inputs:
         raise UserError("inputs is empty; expected files or folders of text")
     if config.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(
-            f"shard_tokens = {config.shard_tokens}: expected at most {MAX_SHARD_TOKENS}, as its header counts in int32"
+            f"--shard_tokens = {config.shard_tokens}: expected at most {MAX_SHARD_TOKENS}: a header counts in int32"
         )
+    config = config.replace(
+        inputs=tuple(map(plain_path, config.inputs)), val_inputs=tuple(map(plain_path, config.val_inputs))
+    )
     # validation first: a training document that is also in there is the one to be dropped
-    files = find_files(config.val_inputs, "val") + find_files(config.inputs, "train" if config.val_inputs else "")
+    files, skipped = find_files(config.val_inputs, "val")
+    more_files, more_skipped = find_files(config.inputs, "train" if config.val_inputs else "")
     folder = Path(config.out_dir)
     created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            return _Preparation(config, folder, files, progress).run()
+            return _Preparation(config, folder, files + more_files, skipped + more_skipped, progress).run()
     except OSError as error:
         raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from None
     finally:
@@ -94,7 +113,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock = FolderLock(folder)
     except BlockingIOError:
-        raise UserError(f"another prepare is at work in {folder}; wait for it or choose another out_dir") from None
+        raise UserError(f"another prepare is at work in {folder}; wait for it or choose another --out_dir") from None
     try:
         yield
     finally:
@@ -104,8 +123,8 @@ def _locked(folder: Path) -> Iterator[None]:
 class _Preparation:
     """One run over one folder."""
 
-    def __init__(self, config: PrepareConfig, folder: Path, files: list[InputFile], progress: bool):
-        self.config, self.folder, self.files = config, folder, files
+    def __init__(self, config: PrepareConfig, folder: Path, files: list[InputFile], skipped: list[str], progress: bool):
+        self.config, self.folder, self.files, self.skipped = config, folder, files, skipped
         self.input_bytes = sum(file.size for file in files)
         self.show = _Progress(self.input_bytes, progress)
         self.tokenizer_seconds = 0.0
@@ -116,6 +135,7 @@ class _Preparation:
         self.long_kept = False
         self.counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
         self.duplicates = self.empty = self.replaced = 0
+        self.val_is_the_end = False  # of the text, as there were too few documents to choose from
         self.tokenizer_owned = False
         self.digests = DigestSet()
         self.encoded_ids = self.encoded_input = 0  # what the size of the whole is estimated from
@@ -128,9 +148,10 @@ class _Preparation:
             tokenizer = self._given_tokenizer()
             self.settings = self._settings(tokenizer)
             self.fingerprint = self._fingerprint()
-            if (self.folder / DATASET_FILE).exists():
+            finished = (self.folder / DATASET_FILE).exists()
+            if finished and not self.config.overwrite:
                 return self._already_done()
-            return self._work_or_clean(self._interrupted_state(), tokenizer)
+            return self._work_or_clean(tokenizer, finished)
         finally:
             self._close()
             self.show.close()
@@ -144,8 +165,10 @@ class _Preparation:
 
         return Tokenizer.load(self.config.tokenizer)
 
-    def _work_or_clean(self, state: dict[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    def _work_or_clean(self, tokenizer: Tokenizer | None, overwrite: bool) -> dict[str, Any]:
+        state = None
         try:
+            state = self._overwritten_state(tokenizer) if overwrite else self._interrupted_state(tokenizer)
             return self._work(state, tokenizer)
         except InputError:
             self._clean()
@@ -154,7 +177,8 @@ class _Preparation:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             needed = self._bytes_needed()
-            self._clean()
+            if state is not None:  # else what is in the folder is not this run's yet
+                self._clean()
             free = shutil.disk_usage(self.folder).free
             raise UserError(
                 f"no space to write in {self.folder}: {error.strerror}; the dataset needs about {needed:,} bytes and "
@@ -166,7 +190,7 @@ class _Preparation:
     def _settings(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What the result depends on, besides the files."""
         settings = self.config.to_dict()
-        for name in ("out_dir", "workers"):
+        for name in ("out_dir", "overwrite", "workers"):
             del settings[name]
         if tokenizer is not None:
             del settings["vocab_size"]
@@ -191,47 +215,77 @@ class _Preparation:
         if meta.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"{self.folder} holds a dataset prepared otherwise ({self._difference(meta.get('settings', {}))}); "
-                f"choose another out_dir or remove that folder"
+                f"choose another --out_dir, or replace it with --overwrite"
             )
-        Dataset.open(self.folder)
+        try:
+            Dataset.open(self.folder)
+        except UserError as error:
+            raise UserError(f"{error}; prepare it anew with --overwrite") from None
         self._remove_temporaries()
         self.show.line(f"{self.folder} was already prepared from these inputs; nothing to do")
         return {**meta, "run": self._run_report(0, 0, resumed=False, already_done=True)}
 
-    def _interrupted_state(self) -> dict[str, Any] | None:
+    def _overwritten_state(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Take over the folder of a finished dataset."""
+        meta = read_meta(self.folder)
+        if "fingerprint" not in meta:
+            raise UserError(f"{self.folder} holds a dataset that prepare did not write; choose another --out_dir")
+        shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
+        self._refuse_files_of_others({*shards, DIGESTS_FILE})
+        return self._new_state(tokenizer, meta["tokenizer"].get("owned", False))
+
+    def _refuse_files_of_others(self, ours: Container[str]) -> None:
+        for pattern in (*(f"{split}-*.bin*" for split in SPLITS), DIGESTS_FILE):
+            for found in self.folder.glob(pattern):
+                if found.name not in ours:
+                    raise UserError(f"{found} was not written by this prepare; choose another --out_dir")
+
+    def _new_state(self, tokenizer: Tokenizer | None, tokenizer_owned: bool) -> dict[str, Any]:
+        """Take the folder: from here on it is that of an interrupted run which has done nothing yet. Such a run begins
+        by removing shards, so those of a dataset that is overwritten go, whenever this one is killed."""
+        path = self.folder / TOKENIZER_FILE
+        if not path.exists():
+            tokenizer_owned = True
+        elif (given := self._given_file()) and given.samefile(path):
+            tokenizer_owned = False  # it is an input
+        if not tokenizer_owned and tokenizer is None:
+            raise UserError(
+                f"{path} exists; give it as --tokenizer to encode with it, or choose another --out_dir to train a new "
+                f"one"
+            )
+        if not tokenizer_owned:
+            self._refuse_another_tokenizer(tokenizer)
+        state = {"tokenizer_owned": tokenizer_owned}
+        self._write_state(state)
+        (self.folder / DATASET_FILE).unlink(missing_ok=True)
+        sync(self.folder)
+        return state
+
+    def _interrupted_state(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         path = self.folder / STATE_FILE
         try:
             state = json.loads(path.read_bytes())
         except FileNotFoundError:
-            for pattern in (*(f"{split}-*.bin*" for split in SPLITS), DIGESTS_FILE):
-                if found := next(self.folder.glob(pattern), None):
-                    raise UserError(f"{found} was not written by this prepare; choose another out_dir") from None
-            if self.config.tokenizer == "train" and (self.folder / TOKENIZER_FILE).exists():
-                raise UserError(
-                    f"{self.folder / TOKENIZER_FILE} exists; give it as tokenizer to encode with it, or choose another "
-                    f"out_dir to train a new one"
-                ) from None
-            return None
+            self._refuse_files_of_others(())
+            return self._new_state(tokenizer, tokenizer_owned=False)
         except ValueError:
             state = {}
         if state.get("version") != STATE_VERSION:
             raise UserError(f"{path} is damaged; remove {self.folder} and start again")
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"{self.folder} holds an interrupted prepare of other inputs or settings "
-                f"({self._difference(state['settings'])}); choose another out_dir or remove that folder"
-            )
-        return state
+        if state["fingerprint"] == self.fingerprint:
+            return state
+        if self.config.overwrite:
+            return self._new_state(tokenizer, state["tokenizer_owned"])
+        raise UserError(
+            f"{self.folder} holds an interrupted prepare of other inputs or settings "
+            f"({self._difference(state['settings'])}); choose another --out_dir, or replace it with --overwrite"
+        )
 
     # ---- the work --------------------------------------------------------------------------------
 
-    def _work(self, state: dict[str, Any] | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        resumed = state is not None and "position" in state
-        if state is None:
-            # written before anything else is, so that the next run knows whose files these are
-            owned = not (self.folder / TOKENIZER_FILE).exists()
-            state = {"tokenizer_owned": owned}
-            self._write_state(state)
+    def _work(self, state: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+        resumed = "position" in state
+        self._tell_skipped()
         self.tokenizer_owned = state["tokenizer_owned"]
         tokenizer = self._tokenizer(tokenizer, state if resumed else None)
         encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
@@ -248,6 +302,11 @@ class _Preparation:
         self.show.close()
         report = self._run_report(seconds, self._text_bytes() - text_before, resumed, already_done=False)
         self.show.line(self._summary(meta, report))
+        if 0 < meta["splits"]["val"]["tokens"] < FEW_TOKENS:
+            self.show.line(
+                f"warning: {meta['splits']['val']['tokens']} tokens are too few for a validation loss to rely on; give "
+                f"{'more --val_inputs' if self.config.val_inputs else 'a larger --val_fraction, or --val_inputs'}"
+            )
         return {**meta, "run": report}
 
     def _tokenizer(self, tokenizer: Tokenizer | None, resumed: dict[str, Any] | None) -> Tokenizer:
@@ -266,22 +325,36 @@ class _Preparation:
             except UserError as error:
                 raise InputError(str(error)) from None
             self.tokenizer_seconds = time.perf_counter() - began
-            self.show.line(f"trained a tokenizer of {tokenizer.vocab_size} tokens in {self.tokenizer_seconds:.1f} s")
+            line = f"trained a tokenizer of {tokenizer.vocab_size} tokens in {self.tokenizer_seconds:.1f} s"
+            if tokenizer.vocab_size < self.config.vocab_size:
+                line += (
+                    f"; the text is too short for the {self.config.vocab_size} asked for: no other pair occurs twice"
+                )
+            self.show.line(line)
         if resumed is not None and tokenizer.sha256 != resumed["tokenizer_sha256"]:
             raise UserError(f"{path} is not the tokenizer of the interrupted run; remove {self.folder} and start again")
         if resumed is None and self.tokenizer_owned:
             write_atomically(path, self._tokenizer_text(tokenizer))
-        elif Tokenizer.load(path).sha256 != tokenizer.sha256:
-            raise UserError(f"{path} is another tokenizer than {self.config.tokenizer}; choose another out_dir")
+        else:
+            self._refuse_another_tokenizer(tokenizer)
         return tokenizer
 
-    def _tokenizer_text(self, tokenizer: Tokenizer) -> str:
-        """The file that the tokenizer was loaded from, as it is, if it came from one."""
+    def _refuse_another_tokenizer(self, tokenizer: Tokenizer) -> None:
+        from ..tokenizer import Tokenizer
+
+        path = self.folder / TOKENIZER_FILE
+        if Tokenizer.load(path) != tokenizer:
+            raise UserError(f"{path} is another tokenizer than {self.config.tokenizer}; choose another --out_dir")
+
+    def _given_file(self) -> Path | None:
+        """The file that the tokenizer was loaded from, if it came from one."""
         given = Path(self.config.tokenizer)
         given = given / TOKENIZER_FILE if given.is_dir() else given
-        if self.config.tokenizer == "train" or not given.is_file():
-            return tokenizer.to_json()
-        return given.read_text(encoding="utf-8")
+        return given if self.config.tokenizer != "train" and given.is_file() else None
+
+    def _tokenizer_text(self, tokenizer: Tokenizer) -> str:
+        given = self._given_file()
+        return given.read_text(encoding="utf-8") if given else tokenizer.to_json()
 
     def _training_texts(self) -> Iterator[str]:
         """Text of the training split, up to TRAINING_BYTES: the first part of every file, in proportion.
@@ -423,6 +496,7 @@ class _Preparation:
         self.counts["val"] = {"documents": documents, "text_bytes": text_bytes}
         self.counts["train"]["text_bytes"] -= text_bytes
         self.counts["train"]["documents"] -= documents - (not whole)
+        self.val_is_the_end = True
         self._move(train, val, start)
 
     def _move(self, source: ShardWriter, target: ShardWriter, start: int) -> None:
@@ -447,7 +521,12 @@ class _Preparation:
         meta = write_meta(
             self.folder,
             {
-                "tokenizer": {"file": TOKENIZER_FILE, "name": tokenizer.name, "sha256": tokenizer.sha256},
+                "tokenizer": {
+                    "file": TOKENIZER_FILE,
+                    "name": tokenizer.name,
+                    "sha256": tokenizer.sha256,
+                    "owned": self.tokenizer_owned,
+                },
                 "vocab_size": tokenizer.vocab_size,
                 "eot_id": tokenizer.eot_id,
                 "dtype": train.dtype.name,
@@ -456,7 +535,7 @@ class _Preparation:
                 "duplicates": self.duplicates,
                 "empty": self.empty,
                 "replaced": self.replaced,
-                "sources": {"files": len(self.files), "bytes": self.input_bytes},
+                "sources": {"files": len(self.files), "bytes": self.input_bytes, "skipped": len(self.skipped)},
                 "settings": self.settings,
                 "fingerprint": self.fingerprint,
             },
@@ -492,6 +571,7 @@ class _Preparation:
                 "duplicates": self.duplicates,
                 "empty": self.empty,
                 "replaced": self.replaced,
+                "val_is_the_end": self.val_is_the_end,
             }
         )
 
@@ -519,7 +599,7 @@ class _Preparation:
         self.digests_file.truncate(DIGEST_BYTES * state["digests"])
         self.digests_file.seek(0, os.SEEK_END)
         self.position = Position(**state["position"])
-        for name in ("consumed", "long_split", "long_kept", "duplicates", "empty", "replaced"):
+        for name in ("consumed", "long_split", "long_kept", "duplicates", "empty", "replaced", "val_is_the_end"):
             setattr(self, name, state[name])
         self.encoded_ids, self.encoded_input = sum(w.tokens for w in self.writers.values()), self.consumed
 
@@ -533,8 +613,9 @@ class _Preparation:
                 self.digests_file.close()
 
     def _remove_temporaries(self) -> None:
-        for name in (DIGESTS_FILE, STATE_FILE):  # the state last: it is what says whose the others are
-            (self.folder / name).unlink(missing_ok=True)
+        state = self.folder / STATE_FILE
+        for path in (self.folder / DIGESTS_FILE, partial(state), state):  # last what says whose the others are
+            path.unlink(missing_ok=True)
         sync(self.folder)
 
     def _clean(self) -> None:
@@ -568,9 +649,18 @@ class _Preparation:
             "already_done": already_done,
         }
 
+    def _tell_skipped(self) -> None:
+        """What a folder holds and is not read."""
+        if self.skipped:
+            count = len(self.skipped)
+            names = ", ".join(self.skipped[:3]) + (", ..." if count > 3 else "")
+            files = "1 file of another kind" if count == 1 else f"{count:,} files of other kinds"
+            self.show.line(f"skipped {files}: {names}; name a file itself to read it")
+
     def _summary(self, meta: dict[str, Any], report: dict[str, Any]) -> str:
         train, val = (meta["splits"][split] for split in SPLITS)
-        notes = [
+        notes = ["the end of the text became the validation split"] if self.val_is_the_end else []
+        notes += [
             f"{count:,} {what}"
             for count, what in (
                 (self.duplicates, "duplicates dropped"),
@@ -579,8 +669,9 @@ class _Preparation:
             )
             if count
         ]
+        documents = len(self.digests)
         return (
-            f"{train['documents'] + val['documents']:,} documents, {self._text_bytes() / 1e6:,.1f} MB of text: "
+            f"{documents:,} document{'' if documents == 1 else 's'}, {self._text_bytes() / 1e6:,.1f} MB of text: "
             f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, as {meta['dtype']}, in "
             f"{report['seconds']:.1f} s ({report['mb_per_second']:.1f} MB/s)" + "".join(f"; {note}" for note in notes)
         )
