@@ -460,8 +460,8 @@ def main(argv: list[str] | None = None) -> int:
     code = _main(list(sys.argv[1:] if argv is None else argv))
     own_process = argv is None and threading.current_thread() is threading.main_thread()
     if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # All is done and written: a Ctrl-C from now on only shortens Python's own clearing up, without a traceback.
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+        # All is done and written: from now on a Ctrl-C only ends Python's own clearing up, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 
 
