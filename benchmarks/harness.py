@@ -1,0 +1,159 @@
+"""What benchmarks share: the machine in words, a process for each contender, and how long its steps take."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.errors import UserError
+from fastgpt.machine import cores, cpu_features, cpu_name
+
+SPAWN = multiprocessing.get_context("spawn")  # nothing of this process is in the memory of the others
+LAST_WORDS_SECONDS = 2.0
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    features = cpu_features()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "cpu_features": features,
+        "amx": "amx_bf16" in features,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+    }
+
+
+def memory_of_this_process(field: str) -> float | None:
+    """MiB by a field of /proc/self/status: VmRSS now, VmHWM at most so far. None where there is no such file.
+
+    Not by getrusage: on Linux its peak begins with that of the process which started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def show_progress(text: str) -> None:
+    """One line of a terminal, over the last one; an empty text clears it. Nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        sys.stderr.flush()
+
+
+class Failed(Exception):
+    """What went wrong in a worker, in one line."""
+
+
+class NoMore(Exception):
+    """Nobody asks this worker for more."""
+
+
+class Worker:
+    """A process that runs `work(pipe, *arguments)`; `work` is a function of a module. Ends with the `with` block.
+
+    It answers through the pipe, and waits in a read of it, so that an idle worker takes no time of a processor.
+    """
+
+    def __init__(self, name: str, work: Callable[..., None], *arguments: Any):
+        self.name = name
+        self.pipe, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=_run, args=(theirs, work, arguments))
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pipe.close()
+        self.process.join(LAST_WORDS_SECONDS)
+        self.process.kill()
+        self.process.join()
+
+    def ask(self, question: Any) -> Any:
+        """Send the question and wait for the answer. Raises Failed."""
+        with contextlib.suppress(OSError):  # it has ended, which its last answer explains
+            self.pipe.send(question)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """Wait for what the worker says next. Raises Failed."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            raise Failed(f"{self.name}: its process ended with code {code} (-9: out of memory, perhaps)") from None
+        if isinstance(answer, Failed):
+            raise Failed(f"{self.name}: {answer}")
+        return answer
+
+
+def _run(pipe: Connection, work: Callable[..., None], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    try:
+        work(pipe, *arguments)
+    except (NoMore, EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        pipe.send(Failed((message.splitlines() or [""])[0]))
+
+
+class Turns:
+    """A training loop's end of the pipe. It is asked for a number of steps, and answers how each of them went."""
+
+    def __init__(self, pipe: Connection, device: torch.device):
+        self.pipe, self.device = pipe, device
+
+    def ready(self, **facts: Any) -> None:
+        """Say what there is to know of this loop, and wait for the first turn. Raises NoMore."""
+        self.pipe.send(facts)
+        self._begin()
+
+    def step_done(self, loss: float) -> None:
+        """After every step. At the end of a turn, answers and waits for the next one. Raises NoMore."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds.append(now - self.before)
+        self.losses.append(loss)
+        self.before = now
+        if len(self.seconds) == self.steps:
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            else:
+                peak = memory_of_this_process("VmHWM")
+            self.pipe.send({"seconds": self.seconds, "losses": self.losses, "peak_mib": peak})
+            self._begin()
+
+    def _begin(self) -> None:
+        try:
+            self.steps = self.pipe.recv()
+        except (EOFError, OSError):
+            raise NoMore from None
+        self.seconds, self.losses = [], []
+        self.before = time.perf_counter()
