@@ -45,7 +45,8 @@ from .documents import (
     plain_path,
     read_pieces,
 )
-from .encode import Encoded, Encoder, Inline, Texts, WorkerPool
+from .encode import Encoded, Encoder, Texts
+from .pool import Inline, WorkerPool
 from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for
 
 if TYPE_CHECKING:
