@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,13 +27,24 @@ from hypothesis import strategies as st
 from fastgpt.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.demo import completions, compressors
 from fastgpt.demo import settings as presets
-from fastgpt.demo.__main__ import Demo, DemoConfig, listing, new_folder, opening, verdict
+from fastgpt.demo.__main__ import (
+    WATCH_TEMPERATURE,
+    WATCH_TOP_K,
+    Demo,
+    DemoConfig,
+    Watch,
+    listing,
+    new_folder,
+    opening,
+    verdict,
+)
 from fastgpt.demo.completions import copied, does_something, function_body, judge, signatures, to_watch
 from fastgpt.demo.corpus import Document, own_files, size, standard_library
 from fastgpt.demo.plain_gpt import PlainGPT, PlainLoop
 from fastgpt.demo.screen import LastingStream, Screen, bar_of
-from fastgpt.demo.speed import Speed
+from fastgpt.demo.speed import Enough, Speed, _StepTimer
 from fastgpt.errors import UserError
+from fastgpt.train import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -340,6 +352,8 @@ def test_completing_many_prompts_is_completing_each(little_tokenizer):
     assert together == [completions.complete(model, little_tokenizer, [p], 12, temperature=0.0)[0] for p in prompts]
     seeded = [completions.complete(model, little_tokenizer, prompts, 12) for _ in range(2)]
     assert seeded[0] == seeded[1]
+    assert completions.complete(model, little_tokenizer, prompts, 12, temperature=9.0, top_k=1) == together
+    assert completions.complete(model, little_tokenizer, prompts, 12, temperature=9.0) != together
 
 
 # ---- the plain loop ----------------------------------------------------------------------------
@@ -368,6 +382,18 @@ def test_the_plain_model_does_not_look_ahead():
 
 def test_speed_is_the_median_of_the_turns():
     assert Speed(plain=[100.0, 50.0, 100.0], fastgpt=[120.0, 100.0, 50.0]).ratio == 1.2
+
+
+def test_steps_are_timed_when_the_machine_has_warmed_up():
+    """A clock that says 0.01 s for a step at first and 0.25 s later on; 2.0 s of warm-up."""
+    timer, progress = _StepTimer(steps=4, warm_up=2.0), Progress()
+    with pytest.raises(Enough):
+        for _ in range(1000):
+            progress.step += 1
+            progress.seconds += 0.01 if progress.seconds < 1.5 else 0.25
+            timer.on_step(SimpleNamespace(progress=progress), {})
+    assert timer.mean == 0.25
+    assert progress.step == timer.first + 4 and progress.seconds - 1.0 >= 2.0
 
 
 # ---- the terminal ------------------------------------------------------------------------------
@@ -515,8 +541,18 @@ def test_the_demo_says_what_it_did(finished):
     ast.parse(demo.watched + "    pass\n")
 
 
+def test_what_is_watched_is_drawn_more_freely_than_what_is_judged(finished, monkeypatch):
+    demo, _, _ = finished
+    how = []
+    monkeypatch.setattr(completions, "complete", lambda *_, **options: how.append(options) or [("    x\n", True)])
+    trainer = SimpleNamespace(model=demo.model, progress=SimpleNamespace(step=1, seconds=1.0))
+    Watch(demo).show(trainer, 1.0, 2.0)
+    assert how == [{"temperature": WATCH_TEMPERATURE, "top_k": WATCH_TOP_K}]
+    assert WATCH_TEMPERATURE > completions.TEMPERATURE
+
+
 def test_a_small_text_ends_the_training_after_some_passes(small_text, tmp_path):
-    few = presets.Settings(MINIATURE.train, 1000.0, (0.0, 0.5), most_passes=1)
+    few = presets.Settings(MINIATURE.train, 60.0, (0.0, 0.5), most_passes=1)
     demo = Demo(DemoConfig(corpus=str(small_text), speed_seconds=0.0, out=str(tmp_path), device="cpu"), few)
     demo.screen = Screen(io.StringIO())
     demo.read_corpus()
@@ -537,7 +573,7 @@ def test_a_reader_that_goes_and_an_interrupt(small_text, tmp_path):
         "--corpus",
         str(small_text),
         "--seconds",
-        "600",
+        "100",
         "--out",
         str(tmp_path),
     ]

@@ -20,8 +20,13 @@ from ..errors import UserError
 from ..units import duration, short_number
 
 TIMED_STEPS = 20
+WARM_UP_SHARE = 1 / 45  # of the training's seconds: a warm-up before the timed steps lasts no longer
 SIGNATURES = 64
 WATCH_TOKENS = 64  # of a completion while training
+WATCH_TEMPERATURE, WATCH_TOP_K = (
+    0.7,
+    50,
+)  # livelier than what is judged at the end: a single text must not go in circles
 WATCH_LINES = 7  # of it on the screen; samples.txt has it whole
 BYTES_PER_VOCABULARY_ENTRY = 500  # a small text gets a small vocabulary
 
@@ -34,7 +39,7 @@ class DemoConfig(_Config):
     """A text file, or a folder of them; Python's standard library when not given."""
     seconds: Optional[float] = _number(None, 0.0, low_open=True)
     """Length of the training."""
-    speed_seconds: float = _number(15.0, 0.0)
+    speed_seconds: float = _number(10.0, 0.0)
     """Length of the comparison with a plain PyTorch loop; 0 leaves it out."""
     out: str = "runs"
     """Where the run's folder, demo-DATE-TIME, is made."""
@@ -175,7 +180,7 @@ class Demo:
 
     def plan(self) -> None:
         """Times a few steps and fixes the number of all of them."""
-        from .speed import seconds_per_step
+        from .speed import WARM_UP_SECONDS, seconds_per_step
 
         train = self.settings.train
         self.train_config = train.replace(
@@ -185,7 +190,8 @@ class Demo:
             device=str(self.device),
         )
         with self.screen.busy(f"timing {TIMED_STEPS} steps"):
-            each, precision = seconds_per_step(self.train_config, TIMED_STEPS)
+            warm_up = min(WARM_UP_SECONDS, WARM_UP_SHARE * self.seconds)
+            each, precision = seconds_per_step(self.train_config, TIMED_STEPS, warm_up)
         tokens = self.dataset.split("train").tokens
         passes = math.ceil(self.settings.most_passes * tokens / train.batch_tokens)
         steps = max(1, min(round(self.seconds / each), passes))
@@ -397,7 +403,14 @@ class Watch:
 
         demo, step = self.demo, trainer.progress.step
         label = f"{at:.0f}" if demo.seconds >= 60 else f"{at:.1f}".removesuffix(".0")
-        ((text, ended),) = complete(trainer.model, demo.tokenizer, [demo.watched], WATCH_TOKENS)
+        ((text, ended),) = complete(
+            trainer.model,
+            demo.tokenizer,
+            [demo.watched],
+            WATCH_TOKENS,
+            temperature=WATCH_TEMPERATURE,
+            top_k=WATCH_TOP_K,
+        )
         if demo.lexer == "python":
             text = function_body(demo.watched, text, finished=ended) or text.split("\n")[0]
         self.rungs.append(

@@ -163,6 +163,7 @@ def complete(
     prompts: Sequence[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
+    top_k: int | None = None,
 ) -> list[tuple[str, bool]]:
     """(text after the prompt, whether the model ended it with `<|endoftext|>`) for each prompt.
 
@@ -189,6 +190,7 @@ def complete(
         max_new_tokens,
         lengths=lengths,
         temperature=temperature,
+        top_k=top_k,
         generator=generator,
         stop_ids=[tokenizer.eot_id],
     ).tolist()

@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..train import Callback, Trainer
 
 WARM_UP_STEPS = 3
+WARM_UP_SECONDS = 4.0  # before steps are timed: memory is taken, and a processor's first burst of speed is over
 LR = 1e-3  # of both loops: the speed does not depend on it as long as nothing overflows
 SLICE_SECONDS = 0.75
 
@@ -35,23 +36,30 @@ class Enough(Exception):
 
 
 class _StepTimer(Callback):
-    def __init__(self, steps: int):
-        self.steps, self.times = steps, []
+    """Times `steps` steps as the trainer counts its seconds, once it has trained for `warm_up` of them."""
+
+    def __init__(self, steps: int, warm_up: float):
+        self.steps, self.warm_up = steps, warm_up
+        self.first: int | None = None  # the last step that does not count
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.times.append(time.perf_counter())
-        if len(self.times) > WARM_UP_STEPS + self.steps:
+        step, seconds = trainer.progress.step, trainer.progress.seconds
+        if self.first is None:
+            if step >= WARM_UP_STEPS and seconds >= self.warm_up:
+                self.first, self.began = step, seconds
+        elif step == self.first + self.steps:
+            self.mean = (seconds - self.began) / self.steps
             raise Enough
 
 
-def seconds_per_step(config: TrainConfig, steps: int) -> tuple[float, str]:
-    """The mean of `steps` steps after a few that do not count, and the precision that was used.
+def seconds_per_step(config: TrainConfig, steps: int, warm_up: float = WARM_UP_SECONDS) -> tuple[float, str]:
+    """The mean of `steps` steps, after `warm_up` seconds of training that do not count, and the precision used.
 
     Raises KeyboardInterrupt if the user interrupts it.
     """
-    timer = _StepTimer(steps)
+    timer = _StepTimer(steps, warm_up)
     precision = _scratch_run(config, timer)
-    return (timer.times[-1] - timer.times[WARM_UP_STEPS]) / steps, precision
+    return timer.mean, precision
 
 
 class _Turns(Callback):
