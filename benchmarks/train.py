@@ -611,7 +611,8 @@ def measure(arguments: argparse.Namespace) -> int:
         raise UserError(f"--nanogpt {arguments.nanogpt}: no model.py there; expected a checkout of nanoGPT")
     if arguments.profile and device.type != "cpu":
         raise UserError(f"--profile measures a CPU, not {device}; give --device cpu")
-    chosen, loops = chosen_shapes(device, arguments), chosen_loops(device, arguments)
+    chosen = [] if arguments.loss_memory else chosen_shapes(device, arguments)
+    loops = chosen_loops(device, arguments)
     if arguments.out:
         check_writable(arguments.out)
     facts = machine(device)
@@ -620,7 +621,6 @@ def measure(arguments: argparse.Namespace) -> int:
     in_order = True
     if arguments.loss_memory:
         result["loss_memory"] = compare_loss_memory(device, arguments)
-        chosen = []
     for shape in chosen:
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder) / "data", shape)
