@@ -32,6 +32,8 @@ from torch import Tensor
 from .config import ConfigError, ModelConfig
 from .errors import UserError
 from .files import sync, write_atomically
+from .machine import disk_free
+from .units import size
 
 if TYPE_CHECKING:
     from .model import GPT
@@ -135,6 +137,19 @@ class Keeper:
         self.retry_at: int | None = None
         self.last_saved: int | None = None
 
+    def check_space(self, model: GPT, optimizer: AdamW, keep_best: bool) -> None:
+        """Warn where the disk cannot hold what this run will keep, the checkpoint being written included."""
+        each = checkpoint_bytes(model, optimizer)
+        at_a_time = self.keep_last + int(keep_best) + 1
+        needed = each * max(1, at_a_time - len(steps_on_disk(self.run_dir)))
+        free = disk_free(self.run_dir)
+        if needed > free:
+            self.warn(
+                f"too little space at {self.run_dir}: its checkpoints need {size(needed)} more (up to {at_a_time} at a "
+                f"time, {size(each)} each), {size(free)} are free; make room, lower --checkpoint.keep_last or give "
+                f"another --out_dir"
+            )
+
     def tidy(self, step: int) -> None:
         """Before a run goes on from `step`: remove what a kill left half-done, and set damaged newer checkpoints
         aside (as damaged-step-N), whose places will be needed. Only for whoever holds the run's folder."""
@@ -144,7 +159,9 @@ class Keeper:
                 shutil.rmtree(leftover, ignore_errors=True)
         for path in steps_on_disk(self.run_dir):
             if int(path.name.split("-")[1]) > step:
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # set aside before, at the same step
+                os.replace(path, aside)
 
     def save(self, step: int, weights: dict, optimizer: dict, state: dict[str, Any], best_step: int | None) -> bool:
         """True where a checkpoint of this step is now on the disk."""
@@ -272,27 +289,37 @@ def resolve(path: str | Path, optimizer: bool = True) -> Checkpoint:
 # ---- model and optimizer, to and from named tensors ----------------------------------------------
 
 
+def _check_keys(found: dict[str, Tensor], expected: dict[str, torch.Size], where: str | Path) -> None:
+    """Raises UserError listing missing, extra and misshapen keys."""
+
+    def listed(words: list[str], most: int = 8) -> str:
+        return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "extra": sorted(found.keys() - expected.keys()),
+        "shape": [
+            f"{key} {tuple(found[key].shape)}, expected {tuple(expected[key])}"
+            for key in sorted(found.keys() & expected.keys())
+            if found[key].shape != expected[key]
+        ],
+        "no floating point": sorted(key for key, value in found.items() if not value.is_floating_point()),
+    }
+    said = [f"{what} {listed(words)}" for what, words in problems.items() if words]
+    if said:
+        raise UserError(f"{where} does not fit the model: {'; '.join(said)}")
+
+
 def load_weights(model: GPT, weights: dict[str, Tensor], where: str | Path) -> None:
     """Copy weights into the model. Raises UserError listing missing, extra and misshapen keys."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{k} {tuple(weights[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & weights.keys())
-        if own[k].shape != weights[k].shape
-    ]
-    problems = [
-        f"{what} {', '.join(v)}" for what, v in (("missing", missing), ("extra", extra), ("shape", shapes)) if v
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit the model: {'; '.join(problems)}")
+    _check_keys(weights, {name: value.shape for name, value in model.state_dict().items()}, where)
     model.load_state_dict(weights)
 
 
-def _parameter_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The parameters' names in the order in which the optimizer's state_dict numbers them."""
+def _parameter_names(model: GPT, optimizer: torch.optim.Optimizer, group: dict | None = None) -> list[str]:
+    """The parameters' names, of one group or of all, in the order in which the optimizer's state_dict numbers them."""
     names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+    return [names[p] for g in ([group] if group else optimizer.param_groups) for p in g["params"]]
 
 
 def training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -310,41 +337,54 @@ def training_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict
     return weights, moments
 
 
+def checkpoint_bytes(model: GPT, optimizer: AdamW) -> int:
+    """What one checkpoint takes on the disk once there is a whole state, without the headers and the JSON."""
+    counts = {name: value.numel() for name, value in model.state_dict().items()}
+    total = 0
+    for group in optimizer.param_groups:
+        for name, p in zip(_parameter_names(model, optimizer, group), group["params"], strict=True):
+            width = max(4, p.element_size())
+            weight = width if optimizer.uses_master(p, group) else p.element_size()
+            total += counts[name] * (weight + width * len(optimizer.moments(group)))
+    return total
+
+
 def load_training_tensors(model: GPT, optimizer: AdamW, checkpoint: Checkpoint, other_optimizer: bool = False) -> None:
     """The inverse of `training_tensors`. Raises UserError where keys or shapes do not fit; with `other_optimizer`, a
     parameter whose state is of another kind begins afresh instead."""
     load_weights(model, checkpoint.weights, checkpoint.path / MODEL)
-    names = _parameter_names(model, optimizer)
-    rows, parameters = model.logical_rows(), dict(model.named_parameters())
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in checkpoint.optimizer.items():
-        name, _, what = key.rpartition("/")
-        if name not in parameters:
-            raise UserError(f"{checkpoint.path / OPTIMIZER} has state for {name!r}, which the model does not have")
-        if value.dim() and value.shape != model.state_dict()[name].shape:
-            raise UserError(f"{checkpoint.path / OPTIMIZER}: {key} has shape {tuple(value.shape)}")
-        if name in rows and value.dim():
-            padded = value.new_zeros(parameters[name].shape)
-            padded[: rows[name]] = value
-            value = padded
-        state.setdefault(names.index(name), {})[what] = value
+    names, parameters, rows = _parameter_names(model, optimizer), dict(model.named_parameters()), model.logical_rows()
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    expected: dict[str, dict[str, torch.Size]] = {}  # parameter -> key -> shape
     for group in optimizer.param_groups:
-        expected = {"step", *optimizer.moments(group)}
-        for p in group["params"]:
-            name = next(n for n, own in parameters.items() if own is p)
-            found = state.get(names.index(name), {}).keys()
-            if found and found != expected:
-                if not other_optimizer:
-                    raise UserError(
-                        f"{checkpoint.path / OPTIMIZER}: {name} has {', '.join(sorted(found))}; expected "
-                        f"{', '.join(sorted(expected))}"
-                    )
-                del state[names.index(name)]
-            if optimizer.uses_master(p, group) and names.index(name) in state:
-                master = torch.zeros_like(p, dtype=torch.float32)
-                saved = checkpoint.weights[name]
-                master[: saved.shape[0]] = saved
-                state[names.index(name)]["master"] = master
+        for name in _parameter_names(model, optimizer, group):
+            moments = {f"{name}/{what}": shapes[name] for what in optimizer.moments(group)}
+            expected[name] = {f"{name}/step": torch.Size(), **moments}
+    saved = checkpoint.optimizer
+    if other_optimizer:
+        expected = {name: keys for name, keys in expected.items() if keys.keys() <= saved.keys()}
+        saved = {key: saved[key] for keys in expected.values() for key in keys}
+    if saved or checkpoint.state["step"] > 0:  # before the first step there is no state
+        _check_keys(
+            saved, {k: shape for keys in expected.values() for k, shape in keys.items()}, checkpoint.path / OPTIMIZER
+        )
+
+    def padded(name: str, value: Tensor) -> Tensor:
+        """With the rows of zeros that a vocabulary has in memory only."""
+        if name not in rows or not value.dim():
+            return value
+        whole = value.new_zeros(parameters[name].shape)
+        whole[: rows[name]] = value
+        return whole
+
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, _, what = key.rpartition("/")
+        state.setdefault(names.index(name), {})[what] = padded(name, value)
+    for group in optimizer.param_groups:
+        for name in _parameter_names(model, optimizer, group):
+            if optimizer.uses_master(parameters[name], group) and names.index(name) in state:
+                state[names.index(name)]["master"] = padded(name, checkpoint.weights[name].float())
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

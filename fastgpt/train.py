@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -142,6 +143,7 @@ class Trainer:
         if checkpoint is not None:
             other = checkpoint.state["config"]["optim"]["optimizer"] != config.optim.optimizer
             load_training_tensors(self.model, self.optimizer, checkpoint, other_optimizer=other)
+        self.keeper.check_space(self.model, self.optimizer, config.checkpoint.keep_best)
         self.batches = Batches(
             self.data, config.model.block_size, config.micro_batch_size, config.seed, documents=config.data.documents
         )
@@ -161,7 +163,7 @@ class Trainer:
             self._lock = _hold(self.run_dir)
         write_atomically(self.run_dir / "config.toml", config.to_toml())
         self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
-        self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step)
+        self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step, self.warn)
         restore_handlers = self._catch_signals()
         try:
             self.model.train()
@@ -384,9 +386,8 @@ def _hold(run_dir: Path) -> FolderLock:
     """Create the run's folder and hold it; a second run in it is refused. Raises UserError."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=run_dir):  # without a name: a kill leaves nothing
+            pass
         return FolderLock(run_dir)
     except BlockingIOError:
         raise UserError(f"another run is training in {run_dir}; give another out_dir") from None

@@ -19,7 +19,8 @@ import pytest
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "ops": (100, ("ops/", "test_rule")),
     "model": (15, ("test_model", "test_generate", "test_optim")),
-    "train": (80, ("test_train", "test_checkpoint")),
+    "train": (37, ("test_train", "test_checkpoint")),
+    "chaos": (50, ("test_chaos",)),
     "data": (60, ("test_data_",)),
     "tokenizer": (27, ("test_tokenizer",)),
     "demo": (63, ("test_demo", "test_plot")),

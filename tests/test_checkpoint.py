@@ -1,13 +1,10 @@
-"""Checkpoints on disk: exact round trips, damage found, kills and full disks survived."""
+"""Checkpoints on disk: exact round trips, damage found, strangers refused. Kills and full disks: test_chaos.py."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import resource
 import shutil
-import signal
 
 import pytest
 import torch
@@ -131,7 +128,7 @@ def test_what_a_kill_left_half_done_is_removed(tmp_path):
 def test_state_of_another_optimizer_is_refused_unless_asked_for(tmp_path):
     saved = ckpt.load(write(tmp_path, 1, *trained(kind="adamw")))
     model, optimizer = trained(kind="muon", steps=0)
-    with pytest.raises(UserError, match="has exp_avg, exp_avg_sq, step; expected momentum_buffer, step"):
+    with pytest.raises(UserError, match=r"missing blocks.0.attention.out.weight/momentum_buffer.*extra .*/exp_avg"):
         ckpt.load_training_tensors(model, optimizer, saved)
     ckpt.load_training_tensors(model, optimizer, saved, other_optimizer=True)
     idx = torch.zeros(1, 8, dtype=torch.int64)
@@ -172,35 +169,6 @@ def test_a_pickle_is_refused_and_never_runs(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def in_a_child(action) -> int:
-    """Run `action` in a forked child (no threads are needed to save) and return its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """A real one: the process may not write files larger than a few kilobytes."""
-    model, optimizer = trained()
-    write(tmp_path, 1, model, optimizer)
-
-    def save_on_a_full_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
-            write(tmp_path, 2, model, optimizer)
-        except OSError:
-            os._exit(28)
-
-    assert os.waitstatus_to_exitcode(in_a_child(save_on_a_full_disk)) == 28
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert ckpt.latest(tmp_path).state["step"] == 1
-
-
 def test_the_keeper_warns_twice_and_gives_up_the_third_time(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -237,46 +205,3 @@ def test_a_checkpoint_that_cannot_be_deleted_is_only_warned_of(tmp_path, monkeyp
     assert keeper.save(2, tensor, tensor, {}, None)
     assert len(warnings) == 1 and "Permission denied" in warnings[0] and "training goes on" in warnings[0]
     assert [p.name for p in ckpt.steps_on_disk(tmp_path)] == ["step-00000002"]
-
-
-def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint(tmp_path):
-    """A real SIGKILL before each call through which a save reaches the disk, in the order in which they happen."""
-    model, optimizer = trained()
-    write(tmp_path / "run", 1, model, optimizer)
-
-    def save_until(call: int) -> int:
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-        shutil.copytree(tmp_path / "run", tmp_path / "copy")
-
-        def save():
-            made = 0
-
-            def counted(original):
-                def wrapped(*args, **kwargs):
-                    nonlocal made
-                    made += 1
-                    if made == call:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return original(*args, **kwargs)
-
-                return wrapped
-
-            os.fsync, os.replace, os.mkdir = counted(os.fsync), counted(os.replace), counted(os.mkdir)
-            write(tmp_path / "copy", 2, model, optimizer)
-            os._exit(made)
-
-        return os.waitstatus_to_exitcode(in_a_child(save))
-
-    calls = save_until(call=10**6)
-    assert calls >= 6
-    assert ckpt.latest(tmp_path / "copy").state["step"] == 2
-    for call in range(1, calls + 1):
-        assert save_until(call) == -signal.SIGKILL
-        found = ckpt.latest(tmp_path / "copy", pytest.fail)
-        renamed = found.state["step"] == 2
-        assert not renamed or call == calls, "only the last sync comes after the rename"
-        if not renamed:
-            write(tmp_path / "copy", 2, model, optimizer)  # and saving the same step again works
-        assert ckpt.latest(tmp_path / "copy", pytest.fail).state["step"] == 2
-        leftovers = [p.name for p in (tmp_path / "copy" / "checkpoints").iterdir() if not p.name.startswith("step-")]
-        assert leftovers == []
