@@ -24,7 +24,7 @@ lint: ## ruff: errors and format
 
 bench: ## speed of this machine: what training reaches beside a plain PyTorch loop, and the data path
 	$(SETUP) test
-	@for file in benchmarks/quality.py benchmarks/bench_*.py; do echo "== $$file" && $(VENV)/python $$file || exit 1; done
+	@for file in benchmarks/train.py benchmarks/quality.py benchmarks/bench_*.py; do echo "== $$file" && $(VENV)/python $$file || exit 1; done
 
 .DEFAULT_GOAL = help
 .PHONY: help demo test test-all lint bench
