@@ -241,16 +241,6 @@ def test_invalid_utf8_can_be_replaced(tmp_path):
     assert decoded(Dataset.open(tmp_path / "data"), "train")[-1] == "a\ufffd\ufffdb"
 
 
-def test_many_tiny_files(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for i in range(3000):
-        (tmp_path / "corpus" / f"{i}.txt").write_text(str(i))
-    began = time.perf_counter()
-    meta = prepare(config(tmp_path, val_fraction=0.0), progress=False)
-    assert meta["splits"]["train"]["documents"] == 3000
-    assert time.perf_counter() - began < 15
-
-
 # ---- again, and elsewhere --------------------------------------------------------------------
 
 

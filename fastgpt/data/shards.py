@@ -211,9 +211,9 @@ class ShardWriter:
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
     def blocks(self, start: int) -> Iterator[np.ndarray]:
-        """What has been written from `start` on, up to 2^20 ids at a time."""
-        for first in range(start, self.tokens, 1 << 20):
-            yield self.read(first, min(first + (1 << 20), self.tokens))
+        """What has been written from `start` on, up to 2^16 ids at a time."""
+        for first in range(start, self.tokens, 1 << 16):
+            yield self.read(first, min(first + (1 << 16), self.tokens))
 
     def _final(self, number: int) -> Path:
         return self.folder / f"{self.split}-{number:05d}.bin"
