@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import pickle
-import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fastgpt import checkpoint as ckpt
+from fastgpt.cli import main
 from fastgpt.config import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer
 from fastgpt.precision import apply_precision
+from tests.synthetic import byte_tokenizer
 from tests.test_optim import TINY, assert_same_tree
 
 
@@ -148,25 +156,215 @@ def test_missing_extra_and_misshapen_keys_are_listed(tmp_path):
     assert "shape final_norm.weight (3,), expected (16,)" in str(error.value)
 
 
-def test_a_pickle_is_refused_and_never_runs(tmp_path):
+# ---- strangers -----------------------------------------------------------------------------------
+
+
+def resealed(path: Path, **changes) -> None:
+    """state.json of a checkpoint written again with checksums that fit what its files now hold: damage that looks
+    intended."""
+    state = json.loads((path / ckpt.STATE).read_text())
+    state.pop("state_sha256")
+    state |= {"sha256": {name: ckpt._sha256(path / name) for name in (ckpt.MODEL, ckpt.OPTIMIZER)}, **changes}
+    (path / ckpt.STATE).write_text(json.dumps({**state, "state_sha256": ckpt._digest(state)}))
+
+
+def pickles(exploded: Path) -> dict[str, bytes]:
+    """A payload in every wrapping that something might unpickle."""
+
     class Bomb:
         def __reduce__(self):
-            return (open, (str(tmp_path / "exploded"), "w"))
+            return (open, (str(exploded), "w"))
 
-    path = write(tmp_path)
-    for file in (ckpt.MODEL, ckpt.OPTIMIZER, ckpt.STATE):
-        copy = tmp_path / "copy" / "checkpoints" / "step-00000001"
-        shutil.copytree(path, copy)
-        (copy / file).write_bytes(pickle.dumps(Bomb()))
-        if file != ckpt.STATE:  # with a matching checksum, too
-            state = json.loads((copy / ckpt.STATE).read_text())
-            state.pop("state_sha256")
-            state["sha256"][file] = ckpt._sha256(copy / file)
-            (copy / ckpt.STATE).write_text(json.dumps({**state, "state_sha256": ckpt._digest(state)}))
+    archive, legacy = io.BytesIO(), io.BytesIO()
+    torch.save({"x": Bomb()}, archive)
+    torch.save({"x": Bomb()}, legacy, _use_new_zipfile_serialization=False)
+    array = io.BytesIO()
+    np.save(array, np.array([Bomb()], dtype=object), allow_pickle=True)
+    return {"plain": pickle.dumps(Bomb()), "zip": archive.getvalue(), "old": legacy.getvalue(), "npy": array.getvalue()}
+
+
+@pytest.mark.parametrize("kind", ["plain", "zip", "old", "npy"])
+def test_a_pickle_is_refused_and_never_runs(tmp_path, kind, capsys):
+    """In the place of every file of a run, with checksums that fit, too; and named as the checkpoint itself."""
+    content = pickles(tmp_path / "exploded")[kind]
+    run = tmp_path / "run"
+    path = write(run)
+    byte_tokenizer().save(run / "tokenizer.json")
+    ckpt.load_model(run)
+    for file in (path / ckpt.MODEL, path / ckpt.OPTIMIZER, path / ckpt.STATE, run / "tokenizer.json"):
+        before = {f: f.read_bytes() for f in (file, path / ckpt.STATE)}
+        file.write_bytes(content)
+        for seal in (False, True):
+            if seal and file.name in (ckpt.MODEL, ckpt.OPTIMIZER):
+                resealed(path)
+            with pytest.raises(UserError):
+                ckpt.load(path)
+                ckpt.load_model(run)
+        for f, was in before.items():
+            f.write_bytes(was)
+    ckpt.load_model(run)
+    for name in ("model.pt", "model.safetensors", "step-00000001"):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError):
-            ckpt.load(copy)
-        shutil.rmtree(tmp_path / "copy")
+            ckpt.resolve(tmp_path / name)
+        assert main(["sample", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "exploded").exists()
+
+
+def header(entries: dict | bytes, length: int | None = None, data: int = 64) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(data)
+
+
+def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HEADERS = {
+    "huge": header({"a": entry(0, 64, [16])}, length=2**62),
+    "longer than the file": header({"a": entry(0, 64, [16])}, length=4096),
+    "not JSON": header(b"{" * 100),
+    "deep": header(b'{"a":' * 50_000),
+    "overlapping": header({"a": entry(0, 64, [16]), "b": entry(32, 64, [8])}),
+    "a hole": header({"a": entry(0, 16, [4]), "b": entry(32, 64, [8])}),
+    "past the end": header({"a": entry(0, 1 << 40, [1 << 38])}),
+    "more data than entries": header({"a": entry(0, 32, [8])}),
+    "overflowing shape": header({"a": entry(0, 64, [2**62, 2**62])}),
+    "another size": header({"a": entry(0, 64, [3])}),
+    "unknown dtype": header({"a": entry(0, 64, [16], "F31")}),
+    "negative": header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,64]}}'),
+    "cut": header({"a": entry(0, 64, [16])})[:40],
+    "seven bytes": bytes(7),
+}
+
+
+@pytest.mark.parametrize("file", [ckpt.MODEL, ckpt.OPTIMIZER])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_safetensors_header_that_lies_is_refused(tmp_path, kind, file):
+    path = write(tmp_path)
+    (path / file).write_bytes(HEADERS[kind])
+    resealed(path)
+    with pytest.raises(UserError, match=file):
+        ckpt.load(path)
+
+
+def test_strange_keys_of_either_file_are_listed(tmp_path):
+    path = write(tmp_path)
+    found = ckpt.load(path)
+    model, optimizer = trained(steps=0)
+    fresh = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for tensors, name in ((found.weights, ckpt.MODEL), (found.optimizer, ckpt.OPTIMIZER)):
+        keys = sorted(tensors)
+        strange = {**tensors, "stranger": torch.zeros(2), keys[1]: torch.zeros(1, 2, 3)}
+        gone = [strange.pop(keys[0]), strange.pop(keys[-1])]
+        assert len(gone) == 2
+        save_file(strange, path / name)
+        resealed(path)
+        with pytest.raises(UserError) as error:
+            ckpt.load_training_tensors(model, optimizer, ckpt.load(path))
+        said = str(error.value)
+        assert f"{name} does not fit the model: missing {keys[0]}, {keys[-1]}; extra stranger; " in said
+        assert f"shape {keys[1]} (1, 2, 3), expected {tuple(tensors[keys[1]].shape)}" in said
+        save_file({key: value.long() for key, value in tensors.items()}, path / name)
+        resealed(path)
+        with pytest.raises(UserError, match=f"no floating point {keys[0]}.* and {len(keys) - 8} more"):
+            ckpt.load_training_tensors(model, optimizer, ckpt.load(path))
+        save_file(tensors, path / name)
+    assert_same_tree(optimizer.state_dict(), fresh[1])
+    save_file({}, path / ckpt.OPTIMIZER)
+    resealed(path)
+    with pytest.raises(UserError, match="missing .* more$"):
+        ckpt.load_training_tensors(model, optimizer, ckpt.load(path))
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory) -> Path:
+    """A run with a checkpoint of a very small model, a tokenizer and metrics."""
+    run = tmp_path_factory.mktemp("intact")
+    write(run)
+    byte_tokenizer().save(run / "tokenizer.json")
+    return run
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_damage_is_refused_or_read_right(intact, data):
+    """Cut anywhere, bits flipped anywhere, bytes taken out, put in or swapped for another file's: never garbage, never
+    anything but a UserError."""
+    path = ckpt.steps_on_disk(intact)[0]
+    expected = _loaded(intact, path)
+    file = path / data.draw(st.sampled_from([ckpt.MODEL, ckpt.OPTIMIZER, ckpt.STATE]))
+    whole = file.read_bytes()
+    # half of the damage is done near the beginning, where the header is
+    at = data.draw(st.integers(0, len(whole) - 1) | st.integers(0, min(len(whole) - 1, 200)))
+    kind = data.draw(st.sampled_from(["cut", "flip", "flips", "remove", "insert", "zeros", "append"]))
+    damaged = bytearray(whole)
+    if kind == "cut":
+        del damaged[at:]
+    elif kind in ("flip", "flips"):
+        for _ in range(1 if kind == "flip" else 9):
+            damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+            at = data.draw(st.integers(0, len(whole) - 1))
+    elif kind == "remove":
+        del damaged[at : at + data.draw(st.integers(1, 64))]
+    elif kind == "insert":
+        damaged[at:at] = data.draw(st.binary(min_size=1, max_size=64))
+    elif kind == "zeros":
+        damaged[at : at + 512] = bytes(len(damaged[at : at + 512]))
+    else:
+        damaged += data.draw(st.binary(min_size=1, max_size=8))
+    try:
+        file.write_bytes(damaged)
+        for seal in (False, True) if file.name != ckpt.STATE else (False,):
+            state = (path / ckpt.STATE).read_bytes()
+            try:
+                if seal:  # behind the checksum's back: whatever comes out must fit, or be refused
+                    resealed(path)
+                found = _loaded(intact, path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+            else:
+                if not seal:
+                    assert_same_tree(found, expected)
+            finally:
+                (path / ckpt.STATE).write_bytes(state)
+    finally:
+        file.write_bytes(whole)
+
+
+def _loaded(run: Path, path: Path) -> tuple:
+    found = ckpt.load(path)
+    model, optimizer = trained(steps=0)
+    ckpt.load_training_tensors(model, optimizer, found)
+    return found.state, found.weights, found.optimizer, model.state_dict(), optimizer.state_dict()
+
+
+# ---- the keeper ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16_stochastic"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_space_that_a_checkpoint_needs_is_known(tmp_path, precision, kind, monkeypatch):
+    model, optimizer = trained(precision, kind)
+    saved = ckpt.load(write(tmp_path, 1, model, optimizer))
+    tensors = [*saved.weights.values(), *(t for t in saved.optimizer.values() if t.dim())]
+    fresh = trained(precision, kind, steps=0)
+    needed = ckpt.checkpoint_bytes(*fresh)
+    assert needed == sum(t.numel() * t.element_size() for t in tensors)
+    warnings = []
+    keeper = ckpt.Keeper(tmp_path, 2, warnings.append)
+    for free, times in ((3 * needed, 0), (3 * needed - 1, 1)):  # of the four at a time one is there
+        monkeypatch.setattr(ckpt, "disk_free", lambda path, free=free: free)
+        keeper.check_space(*fresh, keep_best=True)
+        assert len(warnings) == times
+
+
+def test_a_checkpoint_damaged_twice_is_set_aside_twice(tmp_path):
+    for _ in range(2):
+        (write(tmp_path, 2) / ckpt.MODEL).write_bytes(b"")
+        ckpt.Keeper(tmp_path, 2, pytest.fail).tidy(1)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["damaged-step-00000002"]
 
 
 def test_the_keeper_warns_twice_and_gives_up_the_third_time(tmp_path, monkeypatch):
