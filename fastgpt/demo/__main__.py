@@ -23,10 +23,8 @@ TIMED_STEPS = 20
 WARM_UP_SHARE = 1 / 45  # of the training's seconds: a warm-up before the timed steps lasts no longer
 SIGNATURES = 64
 WATCH_TOKENS = 64  # of a completion while training
-WATCH_TEMPERATURE, WATCH_TOP_K = (
-    0.7,
-    50,
-)  # livelier than what is judged at the end: a single text must not go in circles
+# Livelier than what is judged at the end: a single text must not go in circles.
+WATCH_TEMPERATURE, WATCH_TOP_K = 0.7, 50
 WATCH_LINES = 7  # of it on the screen; samples.txt has it whole
 BYTES_PER_VOCABULARY_ENTRY = 500  # a small text gets a small vocabulary
 
