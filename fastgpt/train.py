@@ -161,9 +161,12 @@ class Trainer:
         config, progress = self.config, self.progress
         if not self._lock.held:
             self._lock = _hold(self.run_dir)
-        write_atomically(self.run_dir / "config.toml", config.to_toml())
-        self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
-        self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step, self.warn)
+        try:
+            write_atomically(self.run_dir / "config.toml", config.to_toml())
+            self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
+            self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step, self.warn)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.run_dir}: {error.strerror}; make room there and resume") from None
         restore_handlers = self._catch_signals()
         try:
             self.model.train()

@@ -516,8 +516,12 @@ def test_a_full_disk_at_the_start(runs):
     (runs.folder / "run").mkdir()
     run = runs.start("run", ["full_disk", [str(runs.folder / "run")]])
     assert run.wait() == 2
-    assert "No space left on device" in run.complaints()[-1], run.said()
-    assert run.complaints()[-1].startswith("fastgpt: error:")
+    short, refusal = run.complaints()
+    assert "too little space" in short and "0 B are free" in short
+    assert refusal == (
+        f"fastgpt: error: cannot write to {runs.folder / 'run'}: No space left on device; make room there and resume"
+    )
+    assert leftovers(runs.folder / "run-copy") == [] and run.said().count("\n") == 2
 
 
 @pytest.mark.parametrize("name", ["run", "run/below/it"])

@@ -290,8 +290,8 @@ def intact(tmp_path_factory) -> Path:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_damage_is_refused_or_read_right(intact, data):
-    """Cut anywhere, bits flipped anywhere, bytes taken out, put in or swapped for another file's: never garbage, never
-    anything but a UserError."""
+    """Cut anywhere, bits flipped anywhere, bytes taken out, put in or lost: never garbage, never anything but a
+    UserError."""
     path = ckpt.steps_on_disk(intact)[0]
     expected = _loaded(intact, path)
     file = path / data.draw(st.sampled_from([ckpt.MODEL, ckpt.OPTIMIZER, ckpt.STATE]))
@@ -331,6 +331,31 @@ def test_any_damage_is_refused_or_read_right(intact, data):
                 (path / ckpt.STATE).write_bytes(state)
     finally:
         file.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_the_state_is_found(intact):
+    """And every place where it may be cut. White space alone says the same."""
+    path = ckpt.steps_on_disk(intact)[0]
+    file, expected = path / ckpt.STATE, ckpt.read_state(path)
+    whole = file.read_bytes()
+    damages = [(whole[:at], "cut") for at in range(len(whole) - 1)]
+    damages += [
+        (whole[:at] + bytes([byte ^ (1 << bit)]) + whole[at + 1 :], f"bit {bit} of byte {at}")
+        for at, byte in enumerate(whole)
+        for bit in range(8)
+    ]
+    accepted = 0
+    try:
+        for damaged, what in damages:
+            file.write_bytes(damaged)
+            try:
+                assert ckpt.read_state(path) == expected, what
+                accepted += 1
+            except UserError:
+                pass
+    finally:
+        file.write_bytes(whole)
+    assert accepted < len(damages) // 10
 
 
 def _loaded(run: Path, path: Path) -> tuple:
