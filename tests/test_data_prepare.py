@@ -548,7 +548,14 @@ def kill_at(event, count=None):
         setattr(owner, name, killing(getattr(owner, name)))
 
 
-@pytest.mark.parametrize(("files", "shard", "end"), [(6, 200, 8), (1, 100_000, 24)])
+@pytest.mark.parametrize(
+    ("files", "shard", "end"),
+    [
+        (6, 200, 8),
+        (1, 100_000, 24),
+        *(pytest.param(files, shard, None, marks=pytest.mark.slow) for files, shard in ((2, 600), (1, 100_000))),
+    ],
+)
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_pieces, files, shard, end):
     copies = corpus(tmp_path / "corpus", documents=files, words=90)
     copies.append(text(60, 500))
@@ -564,10 +571,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_piece
     whole = contents(tmp_path / "whole")
     folder = tmp_path / "killed"
     last = int((tmp_path / "count").read_text()) - 1
-    # every kind of moment: the beginning, the end, and between them at strides that share no rhythm with the pieces
-    moments = sorted(
-        {*range(6), *np.linspace(6, last - end, 8).astype(int).tolist(), *range(last - end, last + 1, 1 + end // 12)}
-    )
+    if end is None:
+        moments = range(last + 1)
+    else:
+        # every kind of moment: the beginning, the end, and between them at strides that share no rhythm with the pieces
+        between = np.linspace(6, last - end, 8).astype(int).tolist()
+        moments = sorted({*range(6), *between, *range(last - end, last + 1, 1 + end // 12)})
     for number, event in enumerate(moments):
         in_child(lambda event=event: (kill_at(event), run("killed")), -signal.SIGKILL)
         assert not (folder / "dataset.json").exists() or contents(folder).items() >= whole.items()
@@ -699,8 +708,10 @@ def test_duplicates_are_known_over_several_interrupts(tmp_path, small_pieces, mo
 # ---- a full disk -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 100, 3000, 12_000])
-def test_a_full_disk_is_refused_and_nothing_left(tmp_path, limit):
+@pytest.mark.parametrize(
+    ("limit", "tokenizer"), [*((limit, {}) for limit in (0, 100, 3000, 12_000)), (3000, {"tokenizer": "train"})]
+)
+def test_a_full_disk_is_refused_and_nothing_left(tmp_path, limit, tokenizer):
     """RLIMIT_FSIZE makes the system refuse a write, in the midst of one."""
     corpus(tmp_path / "corpus", words=400)
 
@@ -709,7 +720,7 @@ def test_a_full_disk_is_refused_and_nothing_left(tmp_path, limit):
         with pytest.raises(
             UserError, match=r"no space to write in .*: the dataset|File too large; the dataset needs about"
         ):
-            prepare(config(tmp_path, shard_tokens=10**6), progress=False)
+            prepare(config(tmp_path, shard_tokens=10**6, **tokenizer), progress=False)
 
     config(tmp_path)
     in_child(run)
