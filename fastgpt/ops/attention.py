@@ -46,9 +46,6 @@ from torch import Tensor
 from fastgpt import native
 from fastgpt.ops import contract
 
-# Rows of queries in a block. Causal work done in vain is rows / (2 Tk) of the whole; fewer rows are smaller GEMMs. At
-# T = 256 on a CPU, 64 rows beat 32, 128 and 256.
-BLOCK_ROWS = 64
 # Probabilities up to this size are kept for the backward; larger ones are computed again, so memory stays linear in T.
 KEPT_PROBABILITIES_BYTES = 32 << 20
 
@@ -274,6 +271,14 @@ class _BlockedAttention(torch.autograd.Function):
         return d_q.mul_(scale), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype), *[None] * 6
 
 
+def _block_rows(dtype: torch.dtype, Tq: int) -> int:
+    """Rows of queries in a block, as measured on a CPU. Of causal work rows / (2 Tk) is done in vain; fewer rows are
+    smaller GEMMs, and in low precision more passes that add the keys' gradients up in fp32."""
+    if dtype in (torch.float32, torch.float64):
+        return 64
+    return 128 if Tq <= 512 else 256
+
+
 class _Blocks:
     """The geometry of blocked attention: which keys each block of query rows can see."""
 
@@ -283,11 +288,12 @@ class _Blocks:
         self.BKV, self.G, self.Tq, self.D = q.shape
         self.Tk, self.itemsize = k.shape[1], q.element_size()
         self.offset = self.Tk - self.Tq  # position of a query = its row + offset
+        self.rows = _block_rows(q.dtype, self.Tq)
 
     def ranges(self):
         """(i0, i1, lo, hi): query rows i0:i1 see no key outside lo:hi."""
-        for i0 in range(0, self.Tq, BLOCK_ROWS):
-            i1 = min(self.Tq, i0 + BLOCK_ROWS)
+        for i0 in range(0, self.Tq, self.rows):
+            i1 = min(self.Tq, i0 + self.rows)
             hi = max(0, i1 + self.offset) if self.causal else self.Tk
             lo = 0 if self.window is None else min(hi, max(0, i0 + self.offset - self.window))
             yield i0, i1, lo, hi
