@@ -123,7 +123,7 @@ class Texts:
                 found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
                 raise InputError(
                     f"{name}, line {number}: no text in the field {self.text_field!r} (found {found[:200]}); choose "
-                    f"the field with text_field"
+                    f"the field with --text_field"
                 )
             try:
                 data = text.encode()
