@@ -49,7 +49,7 @@ OPS = {
     "adamw",
     "grad_norm",
 }
-OP_HELPERS = {"__init__", "contract", "documents"}  # shared by the ops, no op themselves
+OP_HELPERS = {"__init__", "contract", "documents", "registry"}  # shared by the ops, no op themselves
 
 ANY_TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".sh", ".yml", ".yaml", ".json", ".cu", ".cuh", ".cpp", ".h", ""}
 
