@@ -162,12 +162,18 @@ class Tokenizer:
 
     def encode_to_bytes(self, text: str) -> bytes:
         """The ids of `text`, four bytes each in native order: `encode_to_numpy` where numpy is not to be imported."""
-        # What tiktoken's own encode_to_numpy calls, since 0.9. Up to 0.10 it makes tokens of special tokens in the
-        # text, whatever it is told.
-        encode = getattr(self._encoding._core_bpe, "encode_to_tiktoken_buffer", None)
-        if encode is None or not text or any(special in text for special in self._special_tokens):
+        if self._to_buffer is None or not text:
             return array("I", self.encode(text)).tobytes()
-        return bytes(self._encode(encode, text, frozenset()))
+        return bytes(self._encode(self._to_buffer, text, frozenset()))
+
+    @functools.cached_property
+    def _to_buffer(self) -> Callable[..., Any] | None:
+        """What tiktoken's own encode_to_numpy calls, since 0.9; None up to 0.10, where it makes tokens of special
+        tokens in the text, whatever it is told."""
+        encode = getattr(self._encoding._core_bpe, "encode_to_tiktoken_buffer", None)
+        text = "".join(self._special_tokens)
+        exact = encode is not None and bytes(encode(text, frozenset())) == array("I", self.encode(text)).tobytes()
+        return encode if exact else None
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of each text, on num_threads threads (one per core when not given)."""
@@ -518,8 +524,9 @@ def _from_json(data: bytes) -> Tokenizer:
         _need(all(text and vocab.get(text, id_) == id_ for text, id_ in special.items()), "a special token has two ids")
         byte_of = {c: b for b, c in enumerate(_alphabet())}
 
+        @functools.cache  # the parts of merges are tokens
         def spelled(text: str) -> bytes:
-            return bytes(byte_of[c] for c in text)
+            return bytes([byte_of[c] for c in text])
 
         ranks = {spelled(text): id_ for text, id_ in vocab.items() if text not in special}
         pairs = [tuple(map(spelled, m.split(" ") if isinstance(m, str) else m)) for m in merges]

@@ -55,8 +55,8 @@ def serve(handle: int) -> None:
         encoder: Encoder = channel.receive()[0]
         while True:
             (piece, lengths), received = channel.receive()
-            ends = itertools.accumulate(lengths)
-            piece.data = [bytes(received[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+            ends, view = itertools.accumulate(lengths), memoryview(received)
+            piece.data = [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
             try:
                 result = encoder.encode(piece)
             except Exception as error:  # raised again in the caller
