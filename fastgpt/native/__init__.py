@@ -1,16 +1,22 @@
 """Which implementation serves an op here, and why.
 
-Ops ask `select`; the doctor asks `status`. Nothing falls back silently: tensors on a CUDA device that meet no
-kernels are worth one warning on stderr, and an error where FASTGPT_REQUIRE_KERNELS=1 is set.
+Ops ask `select`; the doctor asks `status`; `emulated()` runs the kernels on CPU tensors, under the emulator's checks.
+Nothing falls back silently: tensors on a CUDA device that meet no kernels are worth one warning on stderr, and an
+error where FASTGPT_REQUIRE_KERNELS=1 is set. Inside `emulated()` a missing kernel is always an error.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +37,14 @@ OPS = (
 )
 
 _REMEDY = "unset FASTGPT_REQUIRE_KERNELS to train on the reference"
+_cuda_ops: frozenset[str] | None = None  # those that CUDA kernels serve here; None until the first look
+_emulation: _Emulation | None = None
+_devices_checked = False
 _warned = False
 
 
 class KernelsMissing(UserError, RuntimeError):
-    """FASTGPT_REQUIRE_KERNELS=1 is set where there are none."""
+    """Kernels are required, by FASTGPT_REQUIRE_KERNELS=1 or inside `emulated()`, and there are none."""
 
 
 def kernels_required() -> bool:
@@ -43,32 +52,213 @@ def kernels_required() -> bool:
     return os.environ.get("FASTGPT_REQUIRE_KERNELS") == "1"
 
 
-def select(x: Tensor) -> None:
-    """The ops that serve tensors on the device of `x`; None for the reference, which is all there is so far.
+# ---- which implementation ----------------------------------------------------------------------------
 
-    Raises KernelsMissing for a tensor on a CUDA device where kernels are required (see `kernels_required`);
-    where they are not, says once on stderr that the reference is used there.
+
+def select(x: Tensor, op: str = "") -> Any:
+    """The ops that serve `op`, named as its page in `fastgpt/ops`, for tensors on the device of `x`.
+
+    torch.ops.fastgpt on a CUDA device with kernels, torch.ops.fastgpt_emulated for CPU tensors inside `emulated()`,
+    None for the reference. Raises KernelsMissing where kernels are required and missing; where they are not required,
+    says once on stderr that the reference runs on a CUDA device.
     """
     if x.is_cuda:
-        _without_kernels()
+        import torch
+
+        if not (_devices_checked or torch.compiler.is_compiling()):
+            _check_devices()
+        if op in cuda_ops():
+            return torch.ops.fastgpt
+        _without_kernels(op)
+    elif _emulation is not None and x.device.type == "cpu":
+        if op in _emulation.ops:
+            import torch
+
+            return torch.ops.fastgpt_emulated
+        if _emulation.strict:
+            raise KernelsMissing(
+                f"{op or 'an op'} has no kernel for the emulator, which has: {', '.join(sorted(_emulation.ops))}; "
+                "emulated(only=...) leaves other ops to the reference"
+            )
     return None
+
+
+def cuda_ops() -> frozenset[str]:
+    """The ops that have CUDA kernels here. The first call loads them; `fastgpt.ops` makes it."""
+    global _cuda_ops
+    if _cuda_ops is None:
+        _cuda_ops = loading.library("cuda").ops
+    return _cuda_ops
+
+
+def _check_devices() -> None:
+    """Leaves the kernels aside where they are built for other GPUs. Waits for the first CUDA tensor: it wakes CUDA."""
+    global _cuda_ops, _devices_checked
+    import torch
+
+    _devices_checked = True
+    if cuda_ops() and torch.cuda.is_available():
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        _cuda_ops = loading.keep_for_devices(capabilities).ops
 
 
 def status() -> list[dict[str, str]]:
     """What serves each op of `OPS` on this machine's default device: {"op", "implementation", "reason"}."""
     import torch
 
-    if torch.cuda.is_available():
-        reason = "no CUDA kernels are built; PyTorch's own kernels run on the GPU"
-    else:
-        reason = "no CUDA device is visible; the reference is the path on a CPU"
-    return [{"op": op, "implementation": "reference", "reason": reason} for op in OPS]
+    _check_devices()
+    library = loading.library("cuda")
+    rows = []
+    for op in OPS:
+        implementation = "reference"
+        if not torch.cuda.is_available():
+            reason = "no CUDA device is visible; the reference is the path on a CPU"
+        elif isinstance(library, loading.Refused):
+            reason = f"{library}; PyTorch's own kernels run on the GPU"
+        elif op.rstrip("_") in library.ops:
+            implementation, reason = "CUDA kernels", f"built for {', '.join(library.info['archs'])}"
+        else:
+            reason = "it has no CUDA kernel yet; PyTorch's own kernels run on the GPU"
+        rows.append({"op": op, "implementation": implementation, "reason": reason})
+    return rows
 
 
-def _without_kernels() -> None:
+def libraries() -> list[dict[str, str]]:
+    """The compiled libraries: {"library", "state": "loaded" or "refused", "reason"}."""
+    rows = []
+    for kind, file in loading.FILES.items():
+        library = loading.library(kind)
+        if isinstance(library, loading.Refused):
+            rows.append({"library": file, "state": "refused", "reason": str(library)})
+        else:
+            ops = ", ".join(sorted(library.ops)) or "none"
+            rows.append({"library": file, "state": "loaded", "reason": f"kernels of: {ops}"})
+    return rows
+
+
+def _without_kernels(op: str) -> None:
     global _warned
+    library = loading.library("cuda")
+    if isinstance(library, loading.Refused):
+        missing, why = "", f" ({library})"
+    else:
+        missing, why = ", ".join(name for name in OPS if name.rstrip("_") not in library.ops), ""
     if kernels_required():
-        raise KernelsMissing(f"FASTGPT_REQUIRE_KERNELS=1 is set, but fastgpt has no CUDA kernels built; {_REMEDY}")
+        which = f"for {op} there are" if op else "there are"
+        raise KernelsMissing(f"FASTGPT_REQUIRE_KERNELS=1 is set, but {which} no CUDA kernels built; {_REMEDY}{why}")
     if not _warned:
         _warned = True
-        print("fastgpt: no CUDA kernels are built; the PyTorch reference runs on the GPU", file=sys.stderr)
+        which = f" for {missing}" if missing else ""
+        print(f"fastgpt: no CUDA kernels are built{which}; the PyTorch reference runs on the GPU{why}", file=sys.stderr)
+
+
+# ---- the emulator ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Emulation:
+    ops: frozenset[str]
+    strict: bool
+    """An op that is not among `ops` is an error."""
+    configuration: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the emulator holds against a kernel; docs/emulator.md tells how to read it."""
+
+    kind: str
+    kernel: str
+    message: str
+    thread: tuple[int, int, int]
+    block: tuple[int, int, int]
+    file: str
+    line: int
+    inlined: tuple[str, ...] = ()
+    """Through which calls `file:line` got inlined, innermost first."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A synchronisation or a bounds check that a kernel has met; `emulated(disabled_site=id)` switches it off."""
+
+    id: int
+    kind: str
+    file: str
+    line: int
+
+
+@contextmanager
+def emulated(
+    chip: str = "sm_90a",
+    *,
+    seed: int = 0,
+    checked: bool = True,
+    profile: bool = False,
+    disabled_site: int | None = None,
+    only: Iterable[str] | None = None,
+) -> Iterator[None]:
+    """Inside, ops on CPU tensors run their CUDA kernels under the emulator.
+
+    `chip` chooses among kernels as a GPU of that kind would; another `seed` runs blocks and warps in another order;
+    `checked=False` leaves the checks out; `profile` counts bytes, sectors and bank conflicts (see `counters`). An op
+    without a kernel is an error, unless `only` names the ops to emulate. Raises UserError where the kernels are not
+    built for the emulator.
+    """
+    global _emulation
+    library = _emulated_library()
+    unknown = set(only or ()) - library.ops
+    if unknown:
+        raise UserError(
+            f"{', '.join(sorted(unknown))} cannot be emulated: there are kernels of {', '.join(sorted(library.ops))}"
+        )
+    configuration = {
+        "chip": chip,
+        "seed": seed,
+        "checked": checked,
+        "profile": profile,
+        "disabled_site": -1 if disabled_site is None else disabled_site,
+    }
+    outer = _emulation
+    ops = library.ops if only is None else frozenset(only)
+    _emulation = _Emulation(ops, only is None, json.dumps(configuration))
+    library.configure(_emulation.configuration)
+    try:
+        yield
+    finally:
+        _emulation = outer
+        if outer is not None:
+            library.configure(outer.configuration)
+
+
+def findings() -> list[Finding]:
+    """What the emulator has found since the last call."""
+    found = _emulated_library().json("fastgpt_emulator_findings")
+    return [
+        Finding(
+            **{
+                **finding,
+                "thread": tuple(finding["thread"]),
+                "block": tuple(finding["block"]),
+                "inlined": tuple(finding.get("inlined", ())),
+            }
+        )
+        for finding in found
+    ]
+
+
+def counters() -> list[dict[str, Any]]:
+    """Bytes, sectors, bank conflicts and MMA FLOPs by kernel and source line; `emulated(profile=True)` counts them."""
+    return _emulated_library().json("fastgpt_emulator_counters")
+
+
+def sites() -> list[Site]:
+    """Every synchronisation and bounds check that kernels have met so far."""
+    return [Site(**site) for site in _emulated_library().json("fastgpt_emulator_sites")]
+
+
+def _emulated_library() -> loading.Library:
+    library = loading.library("emulated")
+    if isinstance(library, loading.Refused):
+        raise UserError(str(library))
+    return library

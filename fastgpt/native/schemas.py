@@ -15,14 +15,22 @@ from pathlib import Path
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
 
 
+def read_pages(folder: Path = OPS_FOLDER) -> dict[str, dict[str, str]]:
+    """The pages in `folder` that declare entries: page -> entry, without a namespace -> schema, without a name."""
+    found: dict[str, dict[str, str]] = {}
+    for page in sorted(folder.glob("*.py")):
+        text = page.read_text(encoding="utf-8")
+        if "SCHEMAS" not in text:
+            continue
+        for node in ast.parse(text, str(page)).body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["SCHEMAS"]:
+                found[page.stem] = ast.literal_eval(node.value)
+    return found
+
+
 def read_schemas(folder: Path = OPS_FOLDER) -> dict[str, str]:
     """Every entry that the pages in `folder` declare: its name, without a namespace, and its schema, without a name."""
-    found: dict[str, str] = {}
-    for page in sorted(folder.glob("*.py")):
-        for node in ast.parse(page.read_text(encoding="utf-8"), str(page)).body:
-            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["SCHEMAS"]:
-                found.update(ast.literal_eval(node.value))
-    return found
+    return {entry: schema for entries in read_pages(folder).values() for entry, schema in entries.items()}
 
 
 def schema_digest(folder: Path = OPS_FOLDER) -> str:
