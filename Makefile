@@ -10,6 +10,14 @@ demo: ## from nothing to a GPT trained on real text, in minutes; CORPUS=path tak
 	$(SETUP) demo
 	@$(VENV)/python -m fastgpt.demo $(if $(CORPUS),--corpus '$(CORPUS)')
 
+kernels: ## the CUDA kernels where nvcc is, and the same kernels for the emulator; what is not built says why
+	$(SETUP) test
+	@$(VENV)/python -m fastgpt.native.build
+
+wheel: ## one wheel with the CUDA kernels in dist/, for every Python and every torch that the kernels support
+	$(SETUP) test
+	@FASTGPT_CUDA=1 $(VENV)/python -m pip wheel -q --no-build-isolation --no-deps -w dist . && ls dist
+
 test: ## every test that runs in minutes
 	$(SETUP) test
 	@$(VENV)/python -m pytest -m 'not slow'
@@ -27,4 +35,4 @@ bench: ## speed of this machine: what training reaches beside a plain PyTorch lo
 	@for file in benchmarks/train.py benchmarks/quality.py benchmarks/bench_*.py; do echo "== $$file" && $(VENV)/python $$file || exit 1; done
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-all lint bench
+.PHONY: help demo kernels wheel test test-all lint bench

@@ -60,10 +60,11 @@ class Library:
         call(configuration.encode())
 
 
-def remedy() -> str:
-    """How to get libraries that fit: in a checkout, or for an installed package."""
-    in_checkout = (FOLDER.parent.parent / "csrc").is_dir()
-    return "build it again with `make kernels`" if in_checkout else "install fastgpt again from its source"
+def remedy(kind: str = "cuda") -> str:
+    """How to get a library that fits: in a checkout, or for an installed package, which has the CUDA kernels alone."""
+    if (FOLDER.parent.parent / "csrc").is_dir():
+        return "build it with `make kernels`"
+    return "install fastgpt again from its source" if kind == "cuda" else "`make kernels` builds it, in a checkout"
 
 
 def build_result(kind: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -143,8 +144,8 @@ def load(kind: str, folder: Path = FOLDER) -> Library:
 
     path = folder / FILES[kind]
     if not path.exists():
-        reason = build_result(kind, folder).get("reason") or f"build it with {_build_command()}"
-        raise Refused(f"{path.name} is not built: {reason}")
+        reason = build_result(kind, folder).get("reason")
+        raise Refused(f"{path.name} is not built: {f'{reason}; then ' if reason else ''}{remedy(kind)}")
     info = read_info(path)
     check_info(path.name, info, kind, torch.__version__)
     try:
@@ -152,10 +153,6 @@ def load(kind: str, folder: Path = FOLDER) -> Library:
     except OSError as error:
         raise Refused(f"{path.name} does not load: {str(error).splitlines()[0]}; {remedy()}") from None
     return Library(path, info, _registered_ops(kind), handle)
-
-
-def _build_command() -> str:
-    return "`make kernels`" if (FOLDER.parent.parent / "csrc").is_dir() else "`make kernels` in a checkout of fastgpt"
 
 
 def _registered_ops(kind: str) -> frozenset[str]:
