@@ -90,6 +90,34 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def autocast_rows(x: Tensor, residual: Tensor | None, *channels: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments of a norm in dtypes that its contract allows without autocast; as they are where it is off.
+
+    x and residual are promoted to one dtype, as their sum is; per-channel parameters of a third one become float32.
+    """
+    if not autocasting(x):
+        return x, residual, *channels
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    allowed = (dtype, torch.float32)
+    return (
+        x.to(dtype),
+        None if residual is None else residual.to(dtype),
+        *(c if c is None or c.dtype in allowed else c.float() for c in channels),
+    )
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would want to hear of an op on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_double_backward(op: str) -> None:
+    """To be called first in the backward of a kernel: what it returns has no history, so a second derivative through
+    it would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the kernels have no second derivative; the reference on a CPU has")
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums and statistics are kept in: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

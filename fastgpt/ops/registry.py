@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 NAMESPACES = ("fastgpt", "fastgpt_emulated")
 
@@ -22,3 +23,13 @@ def register(schemas: dict[str, str], fakes: dict[str, Callable]) -> None:
         for name, schema in schemas.items():
             library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """For fakes: a new tensor of x's shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def nothing_like(x: Tensor) -> Tensor:
+    """For fakes: what an entry returns in the place of an output that was not asked for."""
+    return x.new_empty(0)

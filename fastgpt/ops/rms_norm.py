@@ -6,7 +6,8 @@
 "Root Mean Square Layer Normalization", Zhang, Sennrich 2019 (arXiv:1910.07467), equation 4, with eps inside the root
 as in Llama. Statistics and arithmetic are in float32 (float64 for float64), and y is rounded once. Forward and backward
 see the same, rounded r. With g = dL/dy * weight and s = 1 / sqrt(mean(r^2) + eps), the gradient is
-s * (g - r * s^2 * mean(g * r)).
+s * (g - r * s^2 * mean(g * r)), and the weight's the sum over rows of dL/dy * r * s. The kernels (csrc/norm) are
+deterministic, and have no second derivative.
 
 | tensor      | shape    | dtype                                |
 |-------------|----------|--------------------------------------|
@@ -27,12 +28,16 @@ from torch import Tensor
 from fastgpt import native
 from fastgpt.ops.contract import (
     accumulator,
+    autocast_rows,
     check_channel_weight,
     check_eps,
     check_like,
     check_rows,
     hand_written_backward_serves,
+    needs_gradient,
+    refuse_double_backward,
 )
+from fastgpt.ops.registry import contiguous_like, nothing_like, register
 
 
 def rms_norm(
@@ -48,7 +53,9 @@ def rms_norm(
     check_eps("rms_norm", eps)
     if residual is not None:
         check_like("rms_norm", "residual", residual, "x", x)
-    native.select(x)
+    ops = native.select(x, "rms_norm")
+    if ops is not None:
+        return _on_kernels(ops, *autocast_rows(x, residual, weight), eps)
     if not hand_written_backward_serves(x):
         return reference(x, weight, eps=eps, residual=residual)
     if residual is None:
@@ -118,3 +125,80 @@ class _OnCpu(torch.autograd.Function):
         if need_weight:
             d_weight = (d_y * wide).mul_(scale).view(-1, C).sum(0).to(weight.dtype)
         return d_x, d_weight, None
+
+
+# ---- kernels -------------------------------------------------------------------------------------------
+
+
+SCHEMAS = {
+    # new_residual is empty without a residual; rstd (...) is for the backward.
+    "rms_norm_forward": (
+        "(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor y, Tensor new_residual, Tensor rstd)"
+    ),
+    # d_x is the gradient of x and of residual alike. What is not needed is empty.
+    "rms_norm_backward": (
+        "(Tensor d_y, Tensor? d_new_residual, Tensor r, Tensor? weight, Tensor rstd, bool need_x, bool need_weight) "
+        "-> (Tensor d_x, Tensor d_weight)"
+    ),
+}
+
+
+def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    new_residual = nothing_like(x) if residual is None else contiguous_like(x)
+    return contiguous_like(x), new_residual, x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+
+
+def _fake_backward(
+    d_y: Tensor,
+    d_new_residual: Tensor | None,
+    r: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        contiguous_like(r) if need_x else nothing_like(r),
+        contiguous_like(weight) if need_weight and weight is not None else nothing_like(r),
+    )
+
+
+register(SCHEMAS, {"rms_norm_forward": _fake_forward, "rms_norm_backward": _fake_backward})
+
+
+def _on_kernels(
+    ops: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    if needs_gradient(x, residual, weight):
+        return _Kernels.apply(ops, x, residual, weight, eps)
+    y, new_residual, _rstd = ops.rms_norm_forward.default(x, residual, weight, eps)
+    return y if residual is None else (y, new_residual)
+
+
+class _Kernels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ops: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, new_residual, rstd = ops.rms_norm_forward.default(x, residual, weight, eps)
+        ctx.ops = ops
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else new_residual, weight, rstd)
+        return y if residual is None else (y, new_residual)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor | None, d_new_residual: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("rms_norm")
+        if d_y is None:  # only x + residual was used
+            return None, d_new_residual, d_new_residual, None, None
+        _, need_x, need_residual, need_weight, _ = ctx.needs_input_grad
+        d_x, d_weight = ctx.ops.rms_norm_backward.default(
+            d_y, d_new_residual, *ctx.saved_tensors, need_x or need_residual, need_weight
+        )
+        return (
+            None,
+            d_x if need_x else None,
+            d_x if need_residual else None,
+            d_weight if need_weight else None,
+            None,
+        )

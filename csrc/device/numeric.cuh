@@ -1,0 +1,58 @@
+// Numbers as they are stored, and as they are computed with: float for 16 and 32 bits, double for 64.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "device/cuda.h"
+#include "device/types.h"
+
+namespace fastgpt {
+
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+
+// x as it is stored in a T, rounded to nearest even.
+template <class T>
+__device__ __forceinline__ T narrow(float x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
+  if constexpr (std::is_same_v<T, float>) return x;
+}
+
+// Element i of an array whose dtype is known at run time: for paths where the branch does not matter.
+template <class A>
+__device__ __forceinline__ A load_as(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::float64: return A(static_cast<const double*>(data)[i]);
+    case DType::float32: return A(static_cast<const float*>(data)[i]);
+    case DType::bfloat16: return A(widen(static_cast<const __nv_bfloat16*>(data)[i]));
+    default: return A(widen(static_cast<const __half*>(data)[i]));
+  }
+}
+
+// Stores x, and returns what it became there.
+template <class A>
+__device__ __forceinline__ A store_as(void* data, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::float64: return A(static_cast<double*>(data)[i] = double(x));
+    case DType::float32: return A(static_cast<float*>(data)[i] = float(x));
+    case DType::bfloat16: {
+      const __nv_bfloat16 stored = narrow<__nv_bfloat16>(float(x));
+      static_cast<__nv_bfloat16*>(data)[i] = stored;
+      return A(widen(stored));
+    }
+    default: {
+      const __half stored = narrow<__half>(float(x));
+      static_cast<__half*>(data)[i] = stored;
+      return A(widen(stored));
+    }
+  }
+}
+
+// To the last bit or nearly so, unlike rsqrtf.
+__device__ __forceinline__ float inverse_sqrt(float x) { return 1.0f / sqrtf(x); }
+__device__ __forceinline__ double inverse_sqrt(double x) { return 1.0 / sqrt(x); }
+
+}  // namespace fastgpt
