@@ -11,5 +11,5 @@
 // emulated build can switch it off at run time and see whether the tests notice.
 __host__ __device__ __forceinline__ bool bounds_condition(bool inside) { return inside; }
 #else
-#include "../emulator/cuda.h"
+#include "emulator/cuda.h"
 #endif

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "../device/cuda.h"
+#include "device/cuda.h"
 
 struct LaunchShape {
   dim3 grid, block;
@@ -56,14 +56,16 @@ __device__ __forceinline__ T& dynamic_shared() {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
   // Copying the arguments is not the kernel's doing, so the memory hooks must not see it.
-  const auto thread_body = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Params>(args)...); };
-  emulator::run_grid("", reinterpret_cast<const void*>(kernel), {shape.grid.x, shape.grid.y, shape.grid.z},
-                     {shape.block.x, shape.block.y, shape.block.z}, shape.shared_bytes, thread_body);
+  const auto thread = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Params>(args)...); };
+  const auto dim = [](const dim3& d) { return emulator::Dim{d.x, d.y, d.z}; };
+  emulator::run_grid(
+      reinterpret_cast<const void*>(kernel), dim(shape.grid), dim(shape.block), dim(shape.cluster), shape.shared_bytes,
+      [](const void* f) __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(&thread)>(f))(); }, &thread);
 }
 
 template <class T>
-T& dynamic_shared() {
-  return *static_cast<T*>(emulator::shared_memory(sizeof(T), EMULATOR_HERE));
+__attribute__((always_inline)) inline T& dynamic_shared() {
+  return *static_cast<T*>(emulator::dynamic_shared_memory(sizeof(T)));
 }
 
 #endif

@@ -1,0 +1,63 @@
+// The C interface, read through ctypes. Strings belong to the library and live until the thread's next call.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "counters.h"
+#include "emulator.h"
+#include "json.h"
+#include "reports.h"
+#include "sites.h"
+
+#define FASTGPT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// The value of a name in a flat JSON object, as it is written; null if the name is not there.
+const char* find_value(const char* json, const char* name) {
+  const std::string key = emulator::json_string(name);
+  const char* at = std::strstr(json, key.c_str());
+  if (!at) return nullptr;
+  at += key.size();
+  while (*at == ' ' || *at == ':') ++at;
+  return at;
+}
+
+const char* keep(std::string text) {
+  thread_local std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+
+std::string dim_json(const emulator::Dim& dim) { return emulator::format("[%u,%u,%u]", dim.x, dim.y, dim.z); }
+
+}  // namespace
+
+// Names that are absent keep their defaults.
+FASTGPT_EXPORT void fastgpt_emulator_configure(const char* json) {
+  emulator::Settings settings;
+  if (const char* value = find_value(json, "checked")) settings.checked = *value == 't';
+  if (const char* value = find_value(json, "profile")) settings.profile = *value == 't';
+  if (const char* value = find_value(json, "seed")) settings.seed = std::strtoull(value, nullptr, 10);
+  if (const char* value = find_value(json, "chip")) settings.chip = std::string(value + 1, std::strcspn(value + 1, "\""));
+  if (const char* value = find_value(json, "disabled_site")) settings.disabled_site = std::atoi(value);
+  emulator::configure(settings);
+}
+
+FASTGPT_EXPORT const char* fastgpt_emulator_findings() {
+  emulator::JsonArray out;
+  for (const emulator::Finding& finding : emulator::take_findings()) {
+    emulator::JsonArray inlined;
+    for (const std::string& call : finding.inlined) inlined.add(call);
+    emulator::JsonObject entry;
+    entry.add("kind", finding.kind).add("kernel", finding.kernel).add("message", finding.message);
+    entry.add_raw("thread", finding.in_thread ? dim_json(finding.thread) : "null");
+    entry.add_raw("block", finding.in_thread ? dim_json(finding.block) : "null");
+    entry.add("file", finding.file).add("line", finding.line).add_raw("inlined", inlined.text());
+    out.add(entry);
+  }
+  return keep(out.text());
+}
+
+FASTGPT_EXPORT const char* fastgpt_emulator_counters() { return keep(emulator::take_counters_json()); }
+FASTGPT_EXPORT const char* fastgpt_emulator_sites() { return keep(emulator::sites_json()); }
