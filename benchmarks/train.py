@@ -254,7 +254,8 @@ def plain_loop(loop: Loop, shape: Shape, device: torch.device, folder: Path, nan
                 OPTIM.weight_decay, OPTIM.lr, (OPTIM.beta1, OPTIM.beta2), device.type
             )
     if loop.compiled:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"{loop.name} cache")  # nothing compiled by earlier runs
+        # Nothing compiled by earlier runs; without a space, for torch puts the name into a command unquoted.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"{loop.name} cache".replace(" ", "-"))
         stepper.model = torch.compile(model)
     return stepper
 
@@ -629,6 +630,8 @@ def measure(arguments: argparse.Namespace) -> int:
                 result.setdefault("profile", {})[shape.name] = found
                 continue
             found = compare(loops, shape, device, Path(folder), arguments)
+        if not found:
+            raise UserError("no loop is left to compare")
         references = summarise(found, loops, shape, arguments.warm_up)
         print_table(found, references, shape)
         in_order &= losses_in_order(found)
