@@ -29,6 +29,7 @@ PYTHON = VENV / "bin" / "python"
 EXTRAS = {"demo": "plot", "test": "dev"}  # of pyproject.toml; dev includes plot
 BUILD_TOOLS = ["setuptools", "wheel", "ninja", "pybind11"]  # build-system.requires: the package is built in place
 OLDEST_PIP = (24, 1)  # the first that reports its progress in a form that can be read
+CUDA_HEADERS = "cuda-toolkit[cudart,cccl,crt]==13.0.*"  # 5 MB; of the CUDA that torch's own pin asks for
 TERMINAL = sys.stdout.isatty()
 
 
@@ -58,6 +59,25 @@ def nvidia_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listed.returncode == 0 and "GPU " in listed.stdout
+
+
+def cuda_headers() -> list[str]:
+    """What the emulator's library needs beside g++, from the package index where there is no CUDA toolkit."""
+    sys.path.insert(0, str(ROOT))
+    from fastgpt.errors import UserError
+    from fastgpt.native import toolchain
+
+    try:
+        toolchain.require_platform()
+    except toolchain.Missing:
+        return []
+    try:
+        toolchain.find_nvcc()
+    except toolchain.Missing:
+        return [CUDA_HEADERS]
+    except UserError as error:
+        fail(str(error))
+    return []
 
 
 # ---- the stamp: what was installed, so that the next call has nothing to do -------------------
@@ -252,6 +272,7 @@ def main(level: str) -> None:
     constraints = ["-c", str(ROOT / "constraints.txt")]
     install([*constraints, *BUILD_TOOLS])
     package = ["--no-build-isolation", *constraints, "-e", f"{ROOT}[{EXTRAS[level]}]"]
+    package += cuda_headers() if level == "test" else []
     # With a GPU the exact version keeps pip from preferring a +cpu build, which counts as newer than the plain one.
     choices = [f"torch==={torch_pin()}", f"torch=={torch_pin()}"] if gpu else [f"torch=={torch_pin()}"]
     for torch in choices:
@@ -259,6 +280,7 @@ def main(level: str) -> None:
         if packages is not None:
             announce(packages, gpu)
             break
+    install([*constraints, torch])  # first and alone: the kernels are compiled against its headers
     install([torch, *package])
     (VENV / f"{level}.stamp").write_text(want)
     size = sum(file.stat().st_size for file in VENV.rglob("*") if file.is_file() and not file.is_symlink())

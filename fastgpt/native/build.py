@@ -44,8 +44,9 @@ _KERNEL += ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-fu
 _KERNEL += ["-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-unused-function"]
 _EMULATOR = ["-O2", "-g1", "-std=c++20", *_COMMON]
 _EMULATED = ["-DFASTGPT_EMULATED", "-fno-gnu-unique"]  # unique symbols would be shared with the other library
-# Nothing but the weak symbol of the current CUDA stream may refer to libtorch.so, which makes it "not needed".
-_LIBRARIES = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
+# libstdc++ first, for torch's libraries happen to export some of its symbols too. libtorch.so is needed for a weak
+# symbol alone, that of the current CUDA stream, which the linker does not count.
+_LIBRARIES = ["-lstdc++", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
 _CUDA_LIBRARIES = ["-ldl", "-lrt", "-lpthread"]
 
 
@@ -106,7 +107,7 @@ def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
         "-o",
         "$out",
         f"-Wl,-soname,{FILES[kind]}",
-        "-Wl,--exclude-libs,ALL",
+        "-Wl,--exclude-libs,ALL,-z,defs",
         *libraries,
     ]
     return _ninja_file(kind, sources(csrc, kind), rules, link, work), info

@@ -30,7 +30,10 @@ OLDEST_ARCH = 75
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 JOB_BYTES = 1.5 * 2**30  # the most that one compiler may take
 MEMORY_SHARE = 0.7
+PATIENCE = 60  # seconds for a tool to say what it is
+USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 NVCC_REMEDY = "install the CUDA toolkit, or the compiler alone with `pip install '.[nvcc]'`, or set CUDA_HOME"
+HEADERS_REMEDY = "pip install 'cuda-toolkit[cudart,cccl,crt]==13.0.*', or install the CUDA toolkit"
 
 
 class Missing(Exception):
@@ -40,7 +43,7 @@ class Missing(Exception):
 def _output(*command: str | Path) -> str:
     """Standard output and error of a command, or an empty text where it fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout + done.stderr if done.returncode == 0 else ""
@@ -179,7 +182,7 @@ def find_nvcc() -> Nvcc:
             raise UserError(f"FASTGPT_NVCC={named} cannot be used: {missing}; unset it to search for one") from None
     homes = [Path(os.environ[name]) / "bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
-    candidates = [*homes, *([Path(on_path)] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
+    candidates = [*homes, *([Path(on_path)] if on_path else []), USUAL_NVCC]
     candidates += [folder / "nvidia" / cuda / "bin/nvcc" for folder in package_folders() for cuda in _CUDA_PACKAGES]
     unfit = []
     for path in dict.fromkeys(candidates):
@@ -225,7 +228,7 @@ def find_cuda_headers() -> Path:
                 include = folder / "nvidia" / cuda / "include"
                 if all((include / name).is_file() for name in ("cuda_runtime.h", "crt/host_defines.h")):
                     return include
-    raise Missing("the CUDA headers were not found: pip install 'cuda-toolkit[cudart,cccl,crt]==13.0.*', or a toolkit")
+    raise Missing(f"the CUDA headers were not found; {HEADERS_REMEDY}")
 
 
 @dataclass(frozen=True)
