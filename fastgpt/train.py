@@ -102,14 +102,8 @@ class Trainer:
         self.warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
         self.run_dir = Path(config.out_dir)
         self.dataset = Dataset.open(config.data.path)
-        if self.dataset.vocab_size != config.model.vocab_size:
-            raise UserError(
-                f"the dataset {config.data.path} has a vocabulary of {self.dataset.vocab_size}, but model.vocab_size "
-                f"is {config.model.vocab_size}; give --model.vocab_size {self.dataset.vocab_size}"
-            )
-        self.data = self.dataset.split("train")
-        self.data.check(config.model.vocab_size, config.model.block_size)
-        self.validation = self.dataset.split("val")
+        self.dataset.check(config.model.vocab_size, config.model.block_size)
+        self.data, self.validation = self.dataset.split("train"), self.dataset.split("val")
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()

@@ -155,6 +155,10 @@ DAMAGE = {
         lambda f: poke(f / "train-00001.bin", HEADER_BYTES + 2 * 77, b"\xff\xff"),
         "train-00001.bin: token 77 has id 65535; a vocabulary of 300 ends at 299",
     ),
+    "an id that is none, in the validation split": (
+        lambda f: poke(f / "val-00000.bin", HEADER_BYTES + 2 * 7, b"\xff\xff"),
+        "val-00000.bin: token 7 has id 65535; a vocabulary of 300 ends at 299",
+    ),
     "no shard": (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin: No such file or directory"),
     "no dataset.json": (
         lambda f: (f / "dataset.json").unlink(),
@@ -176,7 +180,7 @@ def test_damaged_data_is_refused_before_the_first_step(prepared, tmp_path, capsy
     change(tmp_path / "data")
     data = ("--data.path", tmp_path / "data", "--out_dir", tmp_path / "run")
     assert message in refusal(capsys, "train", *data, *SHAPE, "--model.block_size", 32, "--batch_tokens", 512)
-    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_window_longer_than_the_data_is_refused(prepared, tmp_path, capsys):

@@ -149,6 +149,19 @@ class Dataset:
             raise UserError(f"{self.folder} has no split {name!r}; there are {', '.join(self._streams)}")
         return self._streams[name]
 
+    def check(self, vocab_size: int, block_size: int) -> None:
+        """Refuse (UserError), before the first step, what training a model of this size would stumble over: another
+        vocabulary or tokenizer, a training split too short, an id outside the vocabulary in either split."""
+        if self.vocab_size != vocab_size:
+            raise UserError(
+                f"the dataset {self.folder} has a vocabulary of {self.vocab_size}, but model.vocab_size is "
+                f"{vocab_size}; give --model.vocab_size {self.vocab_size}"
+            )
+        self.tokenizer()
+        for name, stream in self._streams.items():
+            if name == "train" or stream.tokens:
+                stream.check(vocab_size, block_size if name == "train" else 0)
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids. Raises UserError where tokenizer.json is another one."""
         from ..tokenizer import Tokenizer
