@@ -618,7 +618,8 @@ def measure(arguments: argparse.Namespace) -> int:
         check_writable(arguments.out)
     facts = machine(device)
     print(f"{facts['device']}: {facts['cpu']}, {facts['cores']} cores, AMX {'yes' if facts['amx'] else 'no'}")
-    result: dict[str, Any] = {"machine": facts, "arguments": {k: v for k, v in vars(arguments).items() if v}}
+    asked = {k: v for k, v in vars(arguments).items() if v and k != "out"} | {"nanogpt": bool(arguments.nanogpt)}
+    result: dict[str, Any] = {"machine": facts, "arguments": asked}
     in_order = True
     if arguments.loss_memory:
         result["loss_memory"] = compare_loss_memory(device, arguments)
