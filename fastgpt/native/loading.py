@@ -67,7 +67,7 @@ def remedy(kind: str = "cuda") -> str:
     return "install fastgpt again from its source" if kind == "cuda" else "`make kernels` builds it, in a checkout"
 
 
-def build_result(kind: str, folder: Path = FOLDER) -> dict[str, Any]:
+def build_result(kind: str, folder: Path) -> dict[str, Any]:
     """What the builder wrote beside the library, built or not; empty where it never ran."""
     try:
         return json.loads((folder / result_file(kind)).read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
 
 
-def load(kind: str, folder: Path = FOLDER) -> Library:
+def load(kind: str, folder: Path) -> Library:
     """Load the library of a kind from a folder; raises Refused where there is none that fits."""
     import torch
 
@@ -174,7 +174,7 @@ def library(kind: str) -> Library | Refused:
     """The library of a kind, loaded by the first call, or why it is refused."""
     if kind not in _libraries:
         try:
-            _libraries[kind] = load(kind)
+            _libraries[kind] = load(kind, FOLDER)
         except Refused as refused:
             _libraries[kind] = refused
     return _libraries[kind]
