@@ -303,8 +303,10 @@ def _check_scalar(name: str, value: Any, params: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         if name not in ("lr", "step", "clip", "skip"):
             raise ValueError(f"adamw_: {name} must be a number, got a tensor")
-        if value.dim() != 0:
-            raise ValueError(f"adamw_: {name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        if value.dim() != 0 or value.is_complex():
+            raise ValueError(
+                f"adamw_: {name} must be a number or a real 0-dim tensor, got {tuple(value.shape)} {value.dtype}"
+            )
         if params:
             check_device("adamw_", name, value, "the parameters", params[0])
     elif value is None:

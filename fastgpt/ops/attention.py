@@ -384,6 +384,9 @@ def _check(
         raise ValueError(f"attention: softcap must be more than 0, got {softcap}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"attention: scale must be finite, got {scale}")
+    for name, given in (("doc_start", doc_start), ("doc_end", doc_end), ("kv_lengths", kv_lengths)):
+        if given is not None:
+            contract.check_tensor("attention", name, given)
     if (doc_start is None) != (doc_end is None):
         raise ValueError("attention: doc_start and doc_end must be given together")
     for name, bound in (("doc_start", doc_start), ("doc_end", doc_end)):

@@ -8,7 +8,7 @@ gradient in bfloat16 would otherwise stop growing after a few hundred terms.
 | tensor | shape    | dtype                                       |
 |--------|----------|---------------------------------------------|
 | ids    | (...)    | int64 or int32, each in 0 .. V - 1          |
-| weight | (V, C)   | float64, float32, bfloat16, float16; C >= 1 |
+| weight | (V, C)   | float64, float32, bfloat16, float16; V, C >= 1 |
 | y      | (..., C) | that of weight; contiguous                  |
 
 Raises ValueError for anything else. An id out of range is an IndexError from torch on a CPU (a device-side assertion on
@@ -33,8 +33,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     check_floating("embedding", "weight", weight)
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"embedding: ids must be int64 or int32, got {dtype_name(ids.dtype)}")
-    if weight.dim() != 2 or weight.shape[1] < 1:
-        raise ValueError(f"embedding: weight must have a shape (V, C) with C >= 1, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"embedding: weight must have a shape (V, C) with V, C >= 1, got {tuple(weight.shape)}")
     check_device("embedding", "ids", ids, "weight", weight)
     native.select(weight)
     return reference(ids, weight)

@@ -187,6 +187,9 @@ def _check(
     if qkv.dim() != 4 or qkv.shape[2] != n_head + 2 * n_kv_head:
         raise ValueError(f"rotary: qkv must be (B, T, {n_head + 2 * n_kv_head}, D), got {tuple(qkv.shape)}")
     (_, T, _, D) = qkv.shape
+    for name, given in (("cos", cos), ("sin", sin), ("positions", positions)):
+        if given is not None or name != "positions":
+            contract.check_tensor("rotary", name, given)
     if cos.dim() != 2 or cos.shape != sin.shape or not 1 <= cos.shape[1] <= D // 2:
         raise ValueError(
             f"rotary: cos and sin must both be (T_max, R / 2) with R <= {D}, "

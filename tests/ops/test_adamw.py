@@ -347,7 +347,7 @@ ERRORS = {
     "offsets[0] must be a whole number from 0, got -8": lambda d: call(d, offsets=[-8]),
     "tensor_ids[0] must be a whole number from 0, got 0.5": lambda d: call(d, tensor_ids=[0.5]),
     "lr must be a finite number >= 0, got nan": lambda d: call(d, lr=float("nan")),
-    "lr must be a number or a 0-dim tensor, got shape (1,)": lambda d: call(d, lr=V(1, device=d)),
+    "lr must be a number or a real 0-dim tensor, got (1,)": lambda d: call(d, lr=V(1, device=d)),
     "beta2 must be at least 0 and less than 1, got 1.0": lambda d: call(d, beta2=1.0),
     "beta1 must be a number, got a tensor": lambda d: call(d, beta1=V(device=d)),
     "eps must be a finite number >= 0, got -1e-08": lambda d: call(d, eps=-1e-8),

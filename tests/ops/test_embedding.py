@@ -94,9 +94,9 @@ ERRORS = {
     "embedding: weight must be float64, float32, bfloat16 or float16, got int64": lambda d: (
         (V(3, device=d).long(), V(4, 2, device=d).long()), {}),
     "embedding: ids must be int64 or int32, got float64": lambda d: ((V(3, device=d), V(4, 2, device=d)), {}),
-    "embedding: weight must have a shape (V, C) with C >= 1, got (4,)": lambda d: (
+    "embedding: weight must have a shape (V, C) with V, C >= 1, got (4,)": lambda d: (
         (V(3, device=d).long(), V(4, device=d)), {}),
-    "embedding: weight must have a shape (V, C) with C >= 1, got (4, 0)": lambda d: (
+    "embedding: weight must have a shape (V, C) with V, C >= 1, got (4, 0)": lambda d: (
         (V(3, device=d).long(), V(4, 0, device=d)), {}),
 }  # fmt: skip
 
