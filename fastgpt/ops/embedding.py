@@ -8,7 +8,7 @@ gradient in bfloat16 would otherwise stop growing after a few hundred terms.
 | tensor | shape    | dtype                                       |
 |--------|----------|---------------------------------------------|
 | ids    | (...)    | int64 or int32, each in 0 .. V - 1          |
-| weight | (V, C)   | float64, float32, bfloat16, float16; V, C >= 1 |
+| weight | (V, C)   | float64, float32, bfloat16, float16; V, C>=1 |
 | y      | (..., C) | that of weight; contiguous                  |
 
 Raises ValueError for anything else. An id out of range is an IndexError from torch on a CPU (a device-side assertion on
