@@ -51,8 +51,13 @@ __device__ __forceinline__ A store_as(void* data, DType dtype, int64_t i, A x) {
   }
 }
 
-// To the last bit or nearly so, unlike rsqrtf.
-__device__ __forceinline__ float inverse_sqrt(float x) { return 1.0f / sqrtf(x); }
+// 1 / sqrt(x), rounded well where rsqrtf is off by two units in the last place: one step of Newton's method, with an
+// exact residual. A row's scale multiplies every element, so it is worth it.
+__device__ __forceinline__ float inverse_sqrt(float x) {
+  const float y = rsqrtf(x), xy = x * y;
+  const float residual = fmaf(-xy, y, 1.0f) - fmaf(x, y, -xy) * y;
+  return residual == residual ? fmaf(0.5f * y, residual, y) : y;  // NaN where x is 0 or inf, and y right as it is
+}
 __device__ __forceinline__ double inverse_sqrt(double x) { return 1.0 / sqrt(x); }
 
 }  // namespace fastgpt

@@ -179,9 +179,10 @@ BackwardResult backward(const char* entry, const Tensor& d_y, const OptionalTens
   if (need_weight) p.d_weight = {call.out(made.d_weight, "d_weight"), dtype_of(made.d_weight, "weight")};
   if (need_bias) p.d_bias = {call.out(made.d_bias, "d_bias"), dtype_of(made.d_bias, "bias")};
   const NormPath path = remember(entry, choose_path(p));
+  norm_split_rows(p, path);
   std::optional<Tensor> partials;
   if (need_weight || need_bias) {
-    partials = empty(r, {2, norm_partials(p, path), columns}, accumulator_of(r));
+    partials = empty(r, {2, p.sums, columns}, accumulator_of(r));
     p.partials = call.out(*partials, "partials");
   }
   norm_backward(p, path, call.stream());

@@ -5,20 +5,23 @@
 // just found (one pass over squares would cancel), then the result. RMSNorm is the same with a mean of 0.
 //
 // A thread has the same columns in every row it sees. So it reads their weight and bias once, before its first row, and
-// in the backward it adds up their gradients in registers over all its rows. This wants few blocks that stay: a grid
+// in the backward it adds up their gradients in registers over many rows. This wants few blocks that stay: a grid
 // of as many as run at a time (blocks_that_stay), each taking every n-th row.
 //
-// The gradients of weight and bias are sums over all rows. Each block writes its own sum, a row of `partials`, and a
-// second, small kernel adds those up, in the order of the blocks. There are no atomics, so the result is the same every
-// time.
+// The gradients of weight and bias are sums over all rows. A block takes a run of rows, adds up in float, and writes one
+// row of `partials`; a second, small kernel adds those up, in double. There are no atomics, so the result is the same
+// every time; and a run has kMostRowsOfSum rows at most, so it is as exact for a million rows as for a thousand.
 //
-// Two tiles, chosen by what a row needs, for rows of up to kVectors vectors a thread:
-//   NarrowTile  a warp for each row: its sums need shuffles only, no barrier. 128 threads: the backward adds up the
-//               gradients of its four warps through shared memory, so more warps would only mean more of that.
-//   WideTile    a block for each row. 256 threads, so that a row just past NarrowTile's still keeps half of them busy.
-// Four vectors a thread: 64 bytes in flight for each tensor, and the backward's two sums for 32 columns of 16 bits still
-// fit in registers. Blocks on a multiprocessor are as many as registers allow: what __launch_bounds__ promises the
-// compiler is what blocks_that_stay counts on.
+// Three tiles, by the width of a row:
+//   NarrowTile  a warp for each row, so that its sums need shuffles and no barrier. Three vectors a lane are 768 columns
+//               of 16 bits, GPT-2's; with four, the backward's two sums for each column spilled on sm_90. Four warps a
+//               block: they share one row of partials, which they add up through shared memory.
+//   MiddleTile  128 threads for each row, two vectors a thread: 769 to 2048 columns of 16 bits. 1024 of them are one
+//               vector for every thread.
+//   WideTile    512 threads for each row, to 8192 columns. Wider ones are rare enough for the generic path.
+// How many blocks stay on a multiprocessor is what their registers allow (ptxas -v: a thread of the backward holds the
+// sums of all its columns, so 12 to 16 warps; the forward 16 to 24). __launch_bounds__ asks the compiler for just that,
+// and blocks_that_stay counts on it.
 //
 // The generic kernels serve everything else: float64, a width that is no multiple of a vector, memory that does not
 // begin at one, rows too wide for registers. One element at a time, three passes over memory, most of it found in
@@ -62,6 +65,7 @@ struct GenericWideTile : Rows<256, 256> {
   static constexpr int kForwardBlocks = 4, kBackwardBlocks = 4;
 };
 constexpr int64_t kWidestGenericNarrowRow = 1024;
+constexpr int64_t kMostRowsOfSum = 64;  // that one thread adds up before it writes a partial sum
 
 // The rows of a thread are first_row(), first_row() + row_step(), ...
 template <class Tile>
@@ -169,7 +173,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kForwardBlocks) void norm_for
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float centred = widen(r[v].at[i]) - mean;
-        squares[0] += centred * centred;
+        squares[0] = fmaf(centred, centred, squares[0]);
       }
     }
     sum_over<Tile::kRowThreads>(squares);
@@ -191,6 +195,10 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kForwardBlocks) void norm_for
     }
   }
 }
+
+// Where a column's sum is kept in shared memory: eight lanes store 16 bytes each at every other vector, and this spreads
+// them over all banks.
+__device__ __forceinline__ int64_t place_of(int64_t column) { return column ^ (column >> 5 & 1) << 2; }
 
 // Writes one row of partial sums: those of this block's threads, added up over its warps where each had rows of its own.
 template <class Tile, int kSize>
@@ -214,7 +222,7 @@ __device__ __forceinline__ void write_partials(const float (&sums)[Tile::kVector
     for (int v = 0; v < Tile::kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kSize; i += 4) {
-        store16(&of_warp[threadIdx.x / kWarp][(lane + v * Tile::kRowThreads) * kSize + i],
+        store16(&of_warp[threadIdx.x / kWarp][place_of((lane + v * Tile::kRowThreads) * kSize + i)],
                 {sums[v][i], sums[v][i + 1], sums[v][i + 2], sums[v][i + 3]});
       }
     }
@@ -222,7 +230,7 @@ __device__ __forceinline__ void write_partials(const float (&sums)[Tile::kVector
     for (int64_t column = threadIdx.x; column < columns; column += Tile::kThreads) {
       float sum = 0;
 #pragma unroll
-      for (int warp = 0; warp < Tile::kRows; ++warp) sum += of_warp[warp][column];
+      for (int warp = 0; warp < Tile::kRows; ++warp) sum += of_warp[warp][place_of(column)];
       to[column] = sum;
     }
   }
@@ -239,50 +247,53 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBackwardBlocks) void norm_ba
 
   float weight[Tile::kVectors][kSize];
   load_channels<Tile>(weight, p.weight, 1.0f, vectors);
-  float d_weight[Tile::kVectors][kSize] = {}, d_bias[Tile::kVectors][kSize] = {};
 
-  for (int64_t row = first_row<Tile>(); row < p.rows; row += row_step<Tile>()) {
-    Vec16<T> r[Tile::kVectors], d_y[Tile::kVectors];
-    load_row<Tile>(r, row_of<T>(p.r, row), vectors);
-    load_row<Tile>(d_y, row_of<T>(p.d_y, row), vectors);
-    const float mean = p.subtract_mean ? static_cast<const float*>(p.mean)[row] : 0;
-    const float rstd = static_cast<const float*>(p.rstd)[row];
+  for (int64_t sum = blockIdx.x; sum < p.sums; sum += gridDim.x) {
+    float d_weight[Tile::kVectors][kSize] = {}, d_bias[Tile::kVectors][kSize] = {};
+    const int64_t begin = sum * p.rows_of_sum, end = min(begin + p.rows_of_sum, p.rows);
 
-    float sums[2] = {0, 0};  // of g, and of g * xhat
+    for (int64_t row = begin + threadIdx.x / Tile::kRowThreads; row < end; row += Tile::kRows) {
+      Vec16<T> r[Tile::kVectors], d_y[Tile::kVectors];
+      load_row<Tile>(r, row_of<T>(p.r, row), vectors);
+      load_row<Tile>(d_y, row_of<T>(p.d_y, row), vectors);
+      const float mean = p.subtract_mean ? static_cast<const float*>(p.mean)[row] : 0;
+      const float rstd = static_cast<const float*>(p.rstd)[row];
+
+      float of_row[2] = {0, 0};  // of g, and of g * xhat
 #pragma unroll
-    for (int v = 0; v < Tile::kVectors; ++v) {
+      for (int v = 0; v < Tile::kVectors; ++v) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float d = widen(d_y[v].at[i]), xhat = (widen(r[v].at[i]) - mean) * rstd;
-        const float g = d * weight[v][i];
-        sums[0] += g;
-        sums[1] += g * xhat;
-        d_weight[v][i] += d * xhat;
-        d_bias[v][i] += d;
+        for (int i = 0; i < kSize; ++i) {
+          const float d = widen(d_y[v].at[i]), xhat = (widen(r[v].at[i]) - mean) * rstd;
+          const float g = d * weight[v][i];
+          of_row[0] += g;
+          of_row[1] += g * xhat;
+          d_weight[v][i] += d * xhat;
+          d_bias[v][i] += d;
+        }
+      }
+      if (!p.d_x) continue;
+      sum_over<Tile::kRowThreads>(of_row);
+      const float mean_g = p.subtract_mean ? of_row[0] / columns : 0, mean_g_xhat = of_row[1] / columns;
+
+#pragma unroll
+      for (int v = 0; v < Tile::kVectors; ++v) {
+        const int vector = lane + v * Tile::kRowThreads;
+        if (!in_bounds(vector, vectors)) continue;
+        Vec16<T> d_residual{}, d_x;
+        if (p.d_residual.data) d_residual = load16(row_of<T>(p.d_residual, row) + vector * kSize);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const float xhat = (widen(r[v].at[i]) - mean) * rstd, g = widen(d_y[v].at[i]) * weight[v][i];
+          d_x.at[i] = narrow<T>(rstd * (g - mean_g - xhat * mean_g_xhat) + widen(d_residual.at[i]));
+        }
+        store16(static_cast<T*>(p.d_x) + row * p.columns + vector * kSize, d_x);
       }
     }
-    if (!p.d_x) continue;
-    sum_over<Tile::kRowThreads>(sums);
-    const float mean_g = p.subtract_mean ? sums[0] / columns : 0, mean_g_xhat = sums[1] / columns;
-
-#pragma unroll
-    for (int v = 0; v < Tile::kVectors; ++v) {
-      const int vector = lane + v * Tile::kRowThreads;
-      if (!in_bounds(vector, vectors)) continue;
-      Vec16<T> d_residual{}, d_x;
-      if (p.d_residual.data) d_residual = load16(row_of<T>(p.d_residual, row) + vector * kSize);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float xhat = (widen(r[v].at[i]) - mean) * rstd, g = widen(d_y[v].at[i]) * weight[v][i];
-        d_x.at[i] = narrow<T>(rstd * (g - mean_g - xhat * mean_g_xhat) + widen(d_residual.at[i]));
-      }
-      store16(static_cast<T*>(p.d_x) + row * p.columns + vector * kSize, d_x);
-    }
+    float* partials = static_cast<float*>(p.partials);
+    if (p.d_weight.data) write_partials<Tile>(d_weight, partials + sum * p.columns, p.columns);
+    if (p.d_bias.data) write_partials<Tile>(d_bias, partials + (p.sums + sum) * p.columns, p.columns);
   }
-
-  float* partials = static_cast<float*>(p.partials);
-  if (p.d_weight.data) write_partials<Tile>(d_weight, partials + int64_t(blockIdx.x) * p.columns, p.columns);
-  if (p.d_bias.data) write_partials<Tile>(d_bias, partials + int64_t(gridDim.x + blockIdx.x) * p.columns, p.columns);
 }
 
 // ---- the generic path --------------------------------------------------------------------------------------------
@@ -370,22 +381,25 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBackwardBlocks) void norm_ba
 
 constexpr int kPartialsThreads = 128;
 
-// A thread for each column; block (., y) adds up rows y, y + gridDim.y, ...
+// A thread for each column; blocks (., y) write sums y, y + gridDim.y, ...
 template <class A>
 __global__ __launch_bounds__(kPartialsThreads) void norm_partials_generic_kernel(NormBackward p) {
   const int64_t column = int64_t(blockIdx.x) * kPartialsThreads + threadIdx.x;
   if (!in_bounds(column, p.columns)) return;
-  A d_weight = 0, d_bias = 0;
-  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    const A mean = p.subtract_mean ? static_cast<const A*>(p.mean)[row] : A(0);
-    const A rstd = static_cast<const A*>(p.rstd)[row];
-    const A d = load_as<A>(p.d_y.data, p.dtype, row * p.d_y.stride + column);
-    d_weight += d * (load_as<A>(p.r.data, p.dtype, row * p.r.stride + column) - mean) * rstd;
-    d_bias += d;
+  for (int64_t sum = blockIdx.y; sum < p.sums; sum += gridDim.y) {
+    const int64_t begin = sum * p.rows_of_sum, end = min(begin + p.rows_of_sum, p.rows);
+    A d_weight = 0, d_bias = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const A mean = p.subtract_mean ? static_cast<const A*>(p.mean)[row] : A(0);
+      const A rstd = static_cast<const A*>(p.rstd)[row];
+      const A d = load_as<A>(p.d_y.data, p.dtype, row * p.d_y.stride + column);
+      d_weight += d * (load_as<A>(p.r.data, p.dtype, row * p.r.stride + column) - mean) * rstd;
+      d_bias += d;
+    }
+    A* partials = static_cast<A*>(p.partials);
+    if (p.d_weight.data) partials[sum * p.columns + column] = d_weight;
+    if (p.d_bias.data) partials[(p.sums + sum) * p.columns + column] = d_bias;
   }
-  A* partials = static_cast<A*>(p.partials);
-  if (p.d_weight.data) partials[int64_t(blockIdx.y) * p.columns + column] = d_weight;
-  if (p.d_bias.data) partials[int64_t(gridDim.y + blockIdx.y) * p.columns + column] = d_bias;
 }
 
 // ---- the sum over partials, of both paths ------------------------------------------------------------------------
@@ -395,23 +409,23 @@ constexpr int kSumSlices = 8;
 // A block for 32 columns of d_weight (y = 0) or d_bias (y = 1); each warp adds up every eighth row of partials, 128
 // bytes at a time. No rows: zeros.
 template <class A>
-__global__ __launch_bounds__(kWarp * kSumSlices) void norm_sum_partials_kernel(NormBackward p, int64_t count) {
+__global__ __launch_bounds__(kWarp * kSumSlices) void norm_sum_partials_kernel(NormBackward p) {
   const Channels& out = blockIdx.y == 0 ? p.d_weight : p.d_bias;
   if (!out.data) return;
-  __shared__ A sums[kSumSlices][kWarp];
-  const A* partials = static_cast<const A*>(p.partials) + blockIdx.y * count * p.columns;
+  __shared__ double sums[kSumSlices][kWarp];
+  const A* partials = static_cast<const A*>(p.partials) + blockIdx.y * p.sums * p.columns;
   const int slice = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
 
-  A sum = 0;
+  double sum = 0;
   if (in_bounds(column, p.columns)) {
-    for (int64_t i = slice; i < count; i += kSumSlices) sum += partials[i * p.columns + column];
+    for (int64_t i = slice; i < p.sums; i += kSumSlices) sum += partials[i * p.columns + column];
   }
   sums[slice][lane] = sum;
   __syncthreads();
   if (slice == 0 && in_bounds(column, p.columns)) {
     for (int other = 1; other < kSumSlices; ++other) sum += sums[other][lane];
-    store_as<A>(out.data, out.dtype, column, sum);
+    store_as(out.data, out.dtype, column, sum);
   }
 }
 
@@ -465,21 +479,21 @@ void forward_generic(const NormForward& p, Stream stream) {
 }
 
 template <class Tile>
-void backward_on_vectors(const NormBackward& p, int64_t partials, Stream stream) {
-  const dim3 grid{unsigned(partials)};
+void backward_on_vectors(const NormBackward& p, Stream stream) {
+  const dim3 grid(unsigned(std::min(p.sums, blocks_that_stay<Tile>(p.rows, Tile::kBackwardBlocks))));
   with_type(p.dtype, [&](auto type) {
     launch(norm_backward_kernel<typename decltype(type)::type, Tile>, {grid, dim3(Tile::kThreads), 0, stream}, p);
   });
 }
 
 template <class A, class Tile>
-void backward_generic(const NormBackward& p, int64_t partials, Stream stream) {
+void backward_generic(const NormBackward& p, Stream stream) {
   if (p.d_x) {
     const dim3 grid(unsigned(blocks_that_stay<Tile>(p.rows, Tile::kBackwardBlocks)));
     launch(norm_backward_generic_kernel<A, Tile>, {grid, dim3(Tile::kThreads), 0, stream}, p);
   }
   if (p.d_weight.data || p.d_bias.data) {
-    const dim3 grid(unsigned(divided_up(p.columns, kPartialsThreads)), unsigned(partials));
+    const dim3 grid(unsigned(divided_up(p.columns, kPartialsThreads)), unsigned(std::min<int64_t>(p.sums, 1024)));
     launch(norm_partials_generic_kernel<A>, {grid, dim3(kPartialsThreads), 0, stream}, p);
   }
 }
@@ -491,15 +505,15 @@ void forward_generic(const NormForward& p, Stream stream) {
 }
 
 template <class A>
-void backward_generic(const NormBackward& p, int64_t partials, Stream stream) {
-  if (p.columns <= kWidestGenericNarrowRow) return backward_generic<A, GenericNarrowTile>(p, partials, stream);
-  return backward_generic<A, GenericWideTile>(p, partials, stream);
+void backward_generic(const NormBackward& p, Stream stream) {
+  if (p.columns <= kWidestGenericNarrowRow) return backward_generic<A, GenericNarrowTile>(p, stream);
+  return backward_generic<A, GenericWideTile>(p, stream);
 }
 
 template <class A>
-void sum_partials(const NormBackward& p, int64_t partials, Stream stream) {
+void sum_partials(const NormBackward& p, Stream stream) {
   const dim3 grid(unsigned(divided_up(p.columns, kWarp)), p.d_bias.data ? 2 : 1);
-  launch(norm_sum_partials_kernel<A>, {grid, dim3(kWarp * kSumSlices), 0, stream}, p, partials);
+  launch(norm_sum_partials_kernel<A>, {grid, dim3(kWarp * kSumSlices), 0, stream}, p);
 }
 
 }  // namespace
@@ -508,14 +522,17 @@ int64_t norm_widest_vector_row(DType dtype) {
   return dtype == DType::float64 ? 0 : 16 * WideTile::kVectors * WideTile::kRowThreads / bytes_of(dtype);
 }
 
-int64_t norm_partials(const NormBackward& p, NormPath path) {
-  if (path == NormPath::vector) {
-    return with_tile(p.dtype, p.columns, [&](auto tile) {
-      return blocks_that_stay<decltype(tile)>(p.rows, decltype(tile)::kBackwardBlocks);
+void norm_split_rows(NormBackward& p, NormPath path) {
+  p.rows_of_sum = kMostRowsOfSum;
+  if (path == NormPath::vector && p.rows > 0) {
+    with_tile(p.dtype, p.columns, [&](auto tile) {
+      // Every block gets the same number of runs, and those are as long as that allows.
+      const int64_t rows_of_block = divided_up(p.rows, blocks_that_stay<decltype(tile)>(p.rows, tile.kBackwardBlocks));
+      const int64_t runs = divided_up(rows_of_block, kMostRowsOfSum * tile.kRows);
+      p.rows_of_sum = divided_up(rows_of_block, runs);
     });
   }
-  constexpr int64_t kRowsOfOneSum = 32, kSums = 256;  // enough to fill a device where there are few columns
-  return std::min(divided_up(p.rows, kRowsOfOneSum), kSums);
+  p.sums = divided_up(p.rows, p.rows_of_sum);
 }
 
 void norm_forward(const NormForward& p, NormPath path, Stream stream) {
@@ -527,18 +544,17 @@ void norm_forward(const NormForward& p, NormPath path, Stream stream) {
 }
 
 void norm_backward(const NormBackward& p, NormPath path, Stream stream) {
-  const int64_t partials = norm_partials(p, path);
   if (p.rows > 0) {
     if (path == NormPath::vector) {
-      with_tile(p.dtype, p.columns, [&](auto tile) { backward_on_vectors<decltype(tile)>(p, partials, stream); });
+      with_tile(p.dtype, p.columns, [&](auto tile) { backward_on_vectors<decltype(tile)>(p, stream); });
     } else if (p.dtype == DType::float64) {
-      backward_generic<double>(p, partials, stream);
+      backward_generic<double>(p, stream);
     } else {
-      backward_generic<float>(p, partials, stream);
+      backward_generic<float>(p, stream);
     }
   }
   if (p.d_weight.data || p.d_bias.data) {
-    p.dtype == DType::float64 ? sum_partials<double>(p, partials, stream) : sum_partials<float>(p, partials, stream);
+    p.dtype == DType::float64 ? sum_partials<double>(p, stream) : sum_partials<float>(p, stream);
   }
 }
 

@@ -48,7 +48,8 @@ struct NormBackward {
   const void* rstd = nullptr;
   void* d_x = nullptr;  // (N, C) contiguous; null: not wanted
   Channels d_weight, d_bias;
-  void* partials = nullptr;  // (2, norm_partials(...), C), float, or double for float64: workspace
+  int64_t sums = 0, rows_of_sum = 0;  // what norm_split_rows said
+  void* partials = nullptr;           // (2, sums, C), float, or double for float64: workspace
 };
 
 // vector: 16-byte accesses, a row in registers. generic: one element at a time; serves everything.
@@ -57,8 +58,8 @@ enum class NormPath { vector, generic };
 // The widest row that the vector path holds in registers.
 int64_t norm_widest_vector_row(DType dtype);
 
-// How many partial sums over rows the backward writes for each column.
-int64_t norm_partials(const NormBackward& p, NormPath path);
+// Decides how many sums over how many rows each the backward first writes for every column: p.sums, p.rows_of_sum.
+void norm_split_rows(NormBackward& p, NormPath path);
 
 void norm_forward(const NormForward& p, NormPath path, Stream stream);
 void norm_backward(const NormBackward& p, NormPath path, Stream stream);
