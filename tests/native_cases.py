@@ -25,6 +25,25 @@ def built(kind: str) -> Path:
     return loading.FOLDER / loading.FILES[kind]
 
 
+# A program that loads the library KIND, and prints the ops that it serves.
+REAL = """
+import torch
+from fastgpt import native, ops
+from fastgpt.native import loading
+states = {row["library"]: row for row in native.libraries()}
+assert states[loading.FILES[KIND]]["state"] == "loaded", states
+library = loading.library(KIND)
+assert library.json("fastgpt_build_info") == library.info
+x, weight = torch.randn(3, 8), torch.ones(8)
+if KIND == "emulated":
+    with native.emulated(only=library.ops):
+        for op in sorted(library.ops):
+            assert native.select(x, op) is torch.ops.fastgpt_emulated
+        y = torch.compile(ops.rms_norm, fullgraph=True, backend="eager")(x, weight)
+        assert torch.equal(y, ops.rms_norm(x, weight))
+print(*sorted(library.ops))
+"""
+
 TOY = {
     "toy/toy.h": "#pragma once\nvoid scale(float* x, int n);\n",
     "toy/toy.cu": """

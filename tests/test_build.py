@@ -11,15 +11,16 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from fastgpt import machine
 from fastgpt.errors import UserError
-from fastgpt.native import build, loading, toolchain
+from fastgpt.native import build, loading, schemas, toolchain
 from fastgpt.native.toolchain import Arch, Missing
-from tests.native_cases import ROOT, built, toy_sources
+from tests.native_cases import REAL, ROOT, built, toy_sources
 
 pytestmark = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="kernels are built on Linux x86_64 only"
@@ -90,7 +91,7 @@ def test_nvcc_is_found_in_this_order(nowhere, monkeypatch, tmp_path):
         path.unlink()
         monkeypatch.delenv("FASTGPT_NVCC", raising=False)
     assert found == expected
-    with pytest.raises(Missing, match=r"no nvcc was found: install the CUDA toolkit.*pip install '\.\[nvcc\]'"):
+    with pytest.raises(Missing, match=r"no nvcc was found: install the CUDA toolkit or the `\.\[nvcc\]` extra"):
         toolchain.find_nvcc()
 
 
@@ -135,10 +136,16 @@ def test_headers_of_cuda_come_from_nvcc_or_from_the_package_index(nowhere, tmp_p
     assert toolchain.find_cuda_headers() == tmp_path / "include"
 
 
-def test_make_test_takes_the_headers_from_the_package_index_where_no_toolkit_is(nowhere, tmp_path, monkeypatch):
+def environment_script():
+    """tools/environment.py as a module."""
     spec = importlib.util.spec_from_file_location("environment", ROOT / "tools/environment.py")
     environment = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(environment)
+    return environment
+
+
+def test_make_test_takes_the_headers_from_the_package_index_where_no_toolkit_is(nowhere, tmp_path, monkeypatch):
+    environment = environment_script()
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert environment.cuda_headers() == [environment.CUDA_HEADERS]
     assert environment.CUDA_HEADERS in toolchain.HEADERS_REMEDY
@@ -492,6 +499,76 @@ def test_nothing_outside_the_stable_abi_is_needed(kind):
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
 
 
+# Every instantiation of a kernel costs time to compile, and bytes for each architecture.
+INSTANTIATIONS = {"norm": 60}
+
+
+def test_instantiations_are_counted():
+    built("cuda")
+    counts: dict[str, int] = {}
+    for path in sorted((build.WORK / "cuda/csrc").glob("*/*.cu.o")):
+        listed = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        stubs = re.findall(r" _ZZL?\d+__device_stub__", listed)  # nvcc's way to launch it: one for each kernel
+        counts[path.parent.name] = counts.get(path.parent.name, 0) + len(stubs)
+    sources = {path.parent.name for path in build.CSRC.glob("*/*.cu")}
+    assert sources == set(INSTANTIATIONS)
+    assert all(counts[op] <= limit for op, limit in INSTANTIATIONS.items()), counts
+
+
+MEASURED = """
+import resource, sys, time
+from pathlib import Path
+from fastgpt.native import build
+started = time.monotonic()
+assert build.build("cuda", out=Path(sys.argv[1]), work=Path(sys.argv[1]))["status"] == "built"
+print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("archs", "seconds"), [("9.0a", 120), ("", 300)], ids=["one architecture", "the default"])
+def test_a_whole_build_is_quick_and_small(archs, seconds, tmp_path):
+    """On two cores."""
+    needs_nvcc()
+    environment = {**os.environ, "MAX_JOBS": "2", "FASTGPT_CUDA_ARCHS": archs, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    took, largest = map(float, done.stdout.split())
+    assert took < seconds and largest < toolchain.JOB_BYTES
+
+
+@pytest.mark.slow
+def test_the_libraries_load_in_a_second_torch(tmp_path):
+    """Another version than the one whose headers they were compiled with; a download of gigabytes."""
+    import torch
+
+    environment = Environment(tmp_path / "env", torch=False)
+    this = torch.__version__.partition("+")[0]
+    done = environment.pip(f"torch>={'.'.join(map(str, toolchain.OLDEST_TORCH))},!={this}", "numpy")
+    assert done.returncode == 0, done.stderr
+    for kind in loading.FILES:
+        built(kind)
+        code = f"KIND = {kind!r}\nimport torch\nassert torch.__version__.partition('+')[0] != {this!r}\n{REAL}"
+        variables = environment.variables(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        done = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert set(done.stdout.split()) == set(schemas.read_pages())
+
+
+@pytest.mark.slow
+def test_the_emulated_library_needs_headers_of_cuda_alone(monkeypatch, tmp_path):
+    """Those from the package index, on a machine without a toolkit."""
+    packages = tmp_path / "packages"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", packages, environment_script().CUDA_HEADERS]
+    subprocess.run(command, check=True)
+    folders = [packages, *toolchain.package_folders()]
+    monkeypatch.setattr(toolchain, "package_folders", lambda: folders)
+    monkeypatch.setattr(toolchain, "USUAL_NVCC", tmp_path / "none")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert toolchain.find_cuda_headers().is_relative_to(packages)
+    assert build.build("emulated", out=tmp_path / "out", work=tmp_path / "work")["status"] == "built"
+
+
 # ---- installs, as people do them; each takes a while -----------------------------------------------------------------
 
 
@@ -584,26 +661,56 @@ def test_an_install_builds_the_kernels(editable, isolated, checkout, tmp_path):
         assert [path.name for path in after if after[path] != before.get(path)] == ["toy.cu.o"]
 
 
+@pytest.fixture
+def without_toolkit(checkout, tmp_path) -> Path:
+    """The checkout, as on a machine where /usr/local/cuda is not."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy)
+    setup = copy / "setup.py"
+    hide = "from fastgpt.native import toolchain\n\ntoolchain.USUAL_NVCC = Path('nowhere')\n\n\nclass BuildKernels"
+    setup.write_text(setup.read_text().replace("class BuildKernels", hide, 1))
+    return copy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["torch", "nvcc", "g++"])
-def test_an_install_without_a_tool_is_plain_python_and_says_how_to_mend_it(lacking, checkout, tmp_path):
+def test_an_install_without_a_tool_is_plain_python_and_says_how_to_mend_it(lacking, without_toolkit, tmp_path):
     environment = Environment(tmp_path / "env", torch=lacking != "torch")
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("g++", "gcc", "cc", "as", "ld") if lacking == "nvcc" else ():
         (tools / name).symlink_to(shutil.which(name))
-    # /usr/local/cuda can only be taken out of sight by putting something that is no nvcc first and refusing the rest
-    hidden = "import fastgpt.native.toolchain as t; import pathlib; t.USUAL_NVCC = pathlib.Path('nowhere')\n"
-    copy = tmp_path / "copy"
-    shutil.copytree(checkout, copy)
-    setup = copy / "setup.py"
-    setup.write_text(setup.read_text().replace("class BuildKernels", f"{hidden}\n\nclass BuildKernels", 1))
     path = f"{environment.folder / 'bin'}:{tools}" if lacking != "torch" else os.environ["PATH"]
-    done = environment.pip("--no-deps", copy, PATH=path)
+    done = environment.pip("--no-deps", without_toolkit, PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     result = environment.result()
     reason = {"torch": "install torch, then fastgpt again", "nvcc": "no nvcc was found", "g++": "no g++ 11 or newer"}
     assert result["status"] == "missing" and reason[lacking] in result["reason"]
     assert not (environment.native() / "_ops.so").exists()
-    done = environment.pip("--no-deps", copy, PATH=path, FASTGPT_CUDA="1")
+    done = environment.pip("--no-deps", without_toolkit, PATH=path, FASTGPT_CUDA="1")
     assert done.returncode != 0 and "FASTGPT_CUDA=1 asks for CUDA kernels" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_compiler_of_the_package_index_is_enough(without_toolkit, tmp_path):
+    environment = Environment(tmp_path / "env")
+    needed = re.search(r'^nvcc = \["(.*?)"\]', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert environment.pip(needed).returncode == 0
+    done = environment.pip("--no-deps", without_toolkit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment.result()["status"] == "built" and (environment.native() / "_ops.so").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_is_for_every_python(checkout, tmp_path):
+    """The command of `make wheel`."""
+    needs_nvcc()
+    command = re.search(r"-m (pip wheel .*) && ", (ROOT / "Makefile").read_text())[1].split()
+    command[command.index("dist")] = str(tmp_path)
+    variables = {**os.environ, "FASTGPT_CUDA": "1", "FASTGPT_CUDA_ARCHS": "8.0"}
+    subprocess.run([sys.executable, "-m", *command], cwd=checkout, env=variables, check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastgpt/native/_ops.so", "fastgpt/native/_ops_build_info.json", "fastgpt/model.py"} <= set(names)
+    assert not [name for name in names if "emulated" in name or name.startswith(("csrc", "tests", "tools"))]

@@ -13,7 +13,7 @@ import torch
 from fastgpt import native, ops
 from fastgpt.errors import UserError
 from fastgpt.native import loading, schemas
-from tests.native_cases import built, good_info, toy_library
+from tests.native_cases import REAL, built, good_info, toy_library
 
 ON_GPU, ON_CPU = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
 HELPERS = {"document_bounds", "rotary_tables"}  # of other ops: they have no kernel of their own
@@ -296,24 +296,6 @@ def test_without_the_emulators_library_the_remedy_is_named() -> None:
 
 
 # ---- the real ones ---------------------------------------------------------------------------------------
-
-REAL = """
-import torch
-from fastgpt import native, ops
-from fastgpt.native import loading
-states = {row["library"]: row for row in native.libraries()}
-assert states[loading.FILES[KIND]]["state"] == "loaded", states
-library = loading.library(KIND)
-assert library.json("fastgpt_build_info") == library.info
-x, weight = torch.randn(3, 8), torch.ones(8)
-if KIND == "emulated":
-    with native.emulated(only=library.ops):
-        for op in sorted(library.ops):
-            assert native.select(x, op) is torch.ops.fastgpt_emulated
-        y = torch.compile(ops.rms_norm, fullgraph=True, backend="eager")(x, weight)
-        assert torch.equal(y, ops.rms_norm(x, weight))
-print(*sorted(library.ops))
-"""
 
 
 @pytest.mark.parametrize("kind", list(loading.FILES))

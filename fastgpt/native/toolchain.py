@@ -32,7 +32,7 @@ JOB_BYTES = 1.5 * 2**30  # the most that one compiler may take
 MEMORY_SHARE = 0.7
 PATIENCE = 60  # seconds for a tool to say what it is
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
-NVCC_REMEDY = "install the CUDA toolkit, or the compiler alone with `pip install '.[nvcc]'`, or set CUDA_HOME"
+NVCC_REMEDY = "install the CUDA toolkit or the `.[nvcc]` extra, or set CUDA_HOME, and then install fastgpt once more"
 HEADERS_REMEDY = "pip install 'cuda-toolkit[cudart,cccl,crt]==13.0.*', or install the CUDA toolkit"
 
 
