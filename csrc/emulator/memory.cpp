@@ -293,6 +293,10 @@ void begin_memory_checks(const void* kernel) {
   find_module(kernel);
   launched = &registered;
   for (Region& region : registered) region.shadow.clear();
+  for (auto& block : machine.blocks) {  // none of them may go on referring to a set that is given away again
+    block->shadow.assign(block->shadow.size(), Shadow());
+    for (auto& [address, byte] : block->statics.shadow) byte = Shadow();
+  }
   read_sets.clear();
   free_read_sets.clear();
   if (!machine.shared_arena) {
