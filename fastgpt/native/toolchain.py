@@ -129,8 +129,9 @@ def find_compiler(oldest: tuple[int, ...] = OLDEST_GXX) -> Compiler:
     wanted = f"g++ {oldest[0]} or newer"
     if named:
         raise UserError(f"CXX={named} is {seen[0] if seen else 'no compiler'}; expected {wanted}; unset it to search")
-    found = f", only {seen[0]}" if seen else ""
-    raise Missing(f"no {wanted} was found{found}; install one (Debian, Ubuntu: apt install g++)")
+    if seen:
+        raise Missing(f"{wanted} is needed, and there is only {seen[0]}; install one (apt install g++-{oldest[0]})")
+    raise Missing(f"no {wanted} was found; install one (Debian, Ubuntu: apt install g++)")
 
 
 def find_ninja() -> str:
