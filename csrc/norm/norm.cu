@@ -200,39 +200,28 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kForwardBlocks) void norm_for
 // them over all banks.
 __device__ __forceinline__ int64_t place_of(int64_t column) { return column ^ (column >> 5 & 1) << 2; }
 
-// Writes one row of partial sums: those of this block's threads, added up over its warps where each had rows of its own.
+// Writes one row of partial sums: this block's threads put theirs into shared memory, and take out the sums over the
+// rows that the block works on at a time, in the order in which a warp stores whole sectors.
 template <class Tile, int kSize>
 __device__ __forceinline__ void write_partials(const float (&sums)[Tile::kVectors][kSize], float* to, int64_t columns) {
   constexpr int kColumns = Tile::kVectors * Tile::kRowThreads * kSize;
   const int lane = threadIdx.x % Tile::kRowThreads;
-  if constexpr (Tile::kRows == 1) {
+  __shared__ float of_row[Tile::kRows][kColumns];
+  __syncthreads();  // the sums that were here before have been read
 #pragma unroll
-    for (int v = 0; v < Tile::kVectors; ++v) {
-      const int64_t column = int64_t(lane + v * Tile::kRowThreads) * kSize;
-      if (!in_bounds(column, columns)) continue;
+  for (int v = 0; v < Tile::kVectors; ++v) {
 #pragma unroll
-      for (int i = 0; i < kSize; i += 4) {
-        store16(to + column + i, {sums[v][i], sums[v][i + 1], sums[v][i + 2], sums[v][i + 3]});
-      }
+    for (int i = 0; i < kSize; i += 4) {
+      store16(&of_row[threadIdx.x / Tile::kRowThreads][place_of((lane + v * Tile::kRowThreads) * kSize + i)],
+              {sums[v][i], sums[v][i + 1], sums[v][i + 2], sums[v][i + 3]});
     }
-  } else {
-    __shared__ float of_warp[Tile::kRows][kColumns];
-    __syncthreads();  // the sums that were here before have been read
+  }
+  __syncthreads();
+  for (int64_t column = threadIdx.x; column < columns; column += Tile::kThreads) {
+    float sum = 0;
 #pragma unroll
-    for (int v = 0; v < Tile::kVectors; ++v) {
-#pragma unroll
-      for (int i = 0; i < kSize; i += 4) {
-        store16(&of_warp[threadIdx.x / kWarp][place_of((lane + v * Tile::kRowThreads) * kSize + i)],
-                {sums[v][i], sums[v][i + 1], sums[v][i + 2], sums[v][i + 3]});
-      }
-    }
-    __syncthreads();
-    for (int64_t column = threadIdx.x; column < columns; column += Tile::kThreads) {
-      float sum = 0;
-#pragma unroll
-      for (int warp = 0; warp < Tile::kRows; ++warp) sum += of_warp[warp][place_of(column)];
-      to[column] = sum;
-    }
+    for (int row = 0; row < Tile::kRows; ++row) sum += of_row[row][place_of(column)];
+    to[column] = sum;
   }
 }
 

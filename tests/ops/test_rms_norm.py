@@ -1,23 +1,36 @@
-"""rms_norm against F.rms_norm, by the rule: the formulation that serves on a CPU, and the plain reference."""
+"""rms_norm against F.rms_norm, by the rule: the formulation that serves on a CPU, the plain reference, the kernels on
+the emulator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import native, ops
 from fastgpt.ops.rms_norm import reference
-from tests.ops import checks
+from tests.ops import checks, kernels
 from tests.rule import RULE_DTYPES, WIDTHS, check_by_rule, outputs_and_gradients, poison, randn
 
 EPS = 1e-6
 
 
-@pytest.fixture(params=["public", "reference"])
-def ours(request: pytest.FixtureRequest) -> Callable:
-    function = {"public": ops.rms_norm, "reference": reference}[request.param]
+@pytest.fixture(params=[*((where, "public") for where in kernels.WHERE), ("cpu", "reference")], ids="-".join)
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    where, function = request.param
+    with kernels.at(where) as device:
+        yield device, function
+
+
+@pytest.fixture
+def device(served: tuple[str, str]) -> str:
+    return served[0]
+
+
+@pytest.fixture
+def ours(served: tuple[str, str]) -> Callable:
+    function = {"public": ops.rms_norm, "reference": reference}[served[1]]
 
     def rms_norm(x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None):
         return function(x, weight, eps=EPS, residual=residual)
@@ -47,8 +60,11 @@ def test_rule(ours: Callable, C: int, dtype: torch.dtype, device: str) -> None:
 def test_rule_for_other_shapes(ours: Callable, dtype: torch.dtype, device: str) -> None:
     check_by_rule(ours, torchs, inputs(32, dtype=dtype, device=device), "one row")
     check_by_rule(ours, torchs, inputs(2, 3, 5, 48, dtype=dtype, device=device, residual=False), "four dimensions")
-    check_by_rule(ours, torchs, inputs(2**16 + 3, 4, dtype=dtype, device=device, residual=False), "many rows")
     check_by_rule(ours, torchs, inputs(64, 32, dtype=dtype, device=device)[:1], "no weight")
+
+
+def test_many_rows(ours: Callable, device: str) -> None:
+    check_by_rule(ours, torchs, inputs(2**16 + 3, 4, dtype=torch.float32, device=device, residual=False), "many rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,17 +89,18 @@ def test_residual_is_rounded_before_it_is_normalised(ours: Callable, device: str
 
 
 def test_gradients(ours: Callable, device: str) -> None:
-    checks.check_gradients(ours, inputs(3, 5, dtype=torch.float64, device=device))
-    checks.check_gradients(ours, inputs(2, 2, 4, dtype=torch.float64, device=device)[:1])
-    checks.check_gradients(ours, inputs(4, 1, dtype=torch.float64, device=device, residual=False))
+    twice = native.select(torch.ones(1, device=device), "rms_norm") is None  # the kernels have no second derivative
+    checks.check_gradients(ours, inputs(3, 5, dtype=torch.float64, device=device), twice)
+    checks.check_gradients(ours, inputs(2, 2, 4, dtype=torch.float64, device=device)[:1], twice)
+    checks.check_gradients(ours, inputs(4, 1, dtype=torch.float64, device=device, residual=False), twice)
 
 
 def test_rows_of_zeros(ours: Callable, device: str) -> None:
     """The root of the sum has no derivative there, but the norm has."""
-    x, weight = inputs(3, 8, dtype=torch.float32, device=device, residual=False)
+    x, weight = inputs(16, 96, dtype=torch.float32, device=device, residual=False)
     x[1] = 0
     found = outputs_and_gradients(ours, [x, weight])
-    assert all(t.isfinite().all() for t in found) and torch.equal(found[0][1], torch.zeros(8, device=device))
+    assert all(t.isfinite().all() for t in found) and not found[0][1].any()
     check_by_rule(ours, torchs, [x, weight], "a row of zeros")
 
 

@@ -1,0 +1,99 @@
+"""Running an op's kernels in its tests: on the emulator, which every machine with a compiler has, and on a GPU.
+
+A test module with a fixture `device` made of `WHERE` and `at` runs all its tests on the reference and on the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt import native
+from fastgpt.native import loading
+from tests.native_cases import built
+from tests.rule import DEVICES
+
+EMULATED = "emulated"
+WHERE = (*DEVICES, EMULATED)
+
+
+@contextlib.contextmanager
+def at(where: str, **options: Any) -> Iterator[str]:
+    """The device for tensors; with `emulated`, what is computed on it runs on the emulated kernels.
+
+    options: those of `native.emulated`.
+    """
+    if where != EMULATED:
+        yield where
+        return
+    built(EMULATED)
+    with native.emulated(**options):
+        yield "cpu"
+
+
+def last_path() -> tuple[str, str]:
+    """The path that the last emulated call took, and why."""
+    said = loading.library("emulated").json("fastgpt_last_path")
+    return said["path"], said["reason"]
+
+
+class Spy(TorchDispatchMode):
+    """The names of everything that torch computes inside, in order: "fastgpt_emulated::rms_norm_forward"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def kernels(self) -> list[str]:
+        return [name.split("::")[1] for name in self.names if name.startswith("fastgpt")]
+
+
+@contextlib.contextmanager
+def no_reference(*pages: ModuleType) -> Iterator[None]:
+    """The references of these pages of `fastgpt.ops` cannot be called inside."""
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the reference was called")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for page in pages:
+            patch.setattr(page, "reference", called)
+            patch.setattr(page, "_normalise", called, raising=False)
+        yield
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, dict[str, int]]]:
+    """Counts, by kernel, what is read and written in global memory inside: bytes, sectors, and the fewest sectors that
+    would do; and bank conflicts. Filled at the end."""
+    totals: dict[str, dict[str, int]] = {}
+    with native.emulated(profile=True, checked=False):
+        native.counters()
+        yield totals
+        for line in native.counters():
+            total = totals.setdefault(
+                line["kernel"], dict.fromkeys(("bytes", "sectors", "ideal_sectors", "conflicts"), 0)
+            )
+            if line["space"] == "global":
+                for name in ("bytes", "sectors", "ideal_sectors"):
+                    total[name] += line[name]
+            total["conflicts"] += line.get("bank_conflicts", 0)
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Bitwise, NaN included."""
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for x, y in zip(a, b, strict=True)
+    )

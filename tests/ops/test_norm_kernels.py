@@ -1,0 +1,403 @@
+"""The kernels behind layer_norm and rms_norm: which serve a call, that they are the same every time, what they move.
+
+That they are right is shown by test_layer_norm.py and test_rms_norm.py, all of whose tests run on them too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import native, ops
+from fastgpt.native import toolchain
+from tests.native_cases import built
+from tests.ops import kernels
+from tests.rule import (
+    LAYOUTS,
+    LOW_PRECISION,
+    check_by_rule,
+    in_layout,
+    outputs_and_gradients,
+    randn,
+)
+
+LN, RMS = "layer_norm", "rms_norm"
+BOTH = pytest.mark.parametrize("op", [LN, RMS])
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    with kernels.at(kernels.EMULATED):
+        yield
+
+
+def function(op: str) -> Callable:
+    """x, weight, residual -> outputs; layer_norm with the weight, reversed, for its bias too."""
+    if op == RMS:
+        return lambda x, weight, residual=None: ops.rms_norm(x, weight, residual=residual)
+    return lambda x, weight, residual=None: ops.layer_norm(x, weight, weight.flip(0), residual=residual)
+
+
+def torchs(op: str) -> Callable:
+    def norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
+        r = x if residual is None else x + residual
+        wide = r.float() if r.dtype in LOW_PRECISION else r  # statistics in 16 bits are no bar to be held to
+        weight = weight.to(wide.dtype)
+        if op == RMS:
+            y = torch.nn.functional.rms_norm(wide, weight.shape, weight, 1e-6)
+        else:
+            y = torch.nn.functional.layer_norm(wide, weight.shape, weight, weight.flip(0), 1e-5)
+        return y.to(r.dtype) if residual is None else (y.to(r.dtype), r)
+
+    return norm
+
+
+def inputs(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, weight, residual."""
+    return [
+        randn(*shape, dtype=dtype, seed=1) + 0.5,
+        randn(shape[-1], dtype=dtype, seed=2),
+        randn(*shape, dtype=dtype, seed=3),
+    ]
+
+
+# ---- every tile, and its edges --------------------------------------------------------------------------
+
+# The last width of each tile, and a vector less and more: norm.cu says which they are. The last one is generic.
+EDGES = {F32: (384, 1024, 4096), BF16: (768, 2048, 8192)}
+WIDTHS = [
+    (dtype, edge + step * 16 // dtype.itemsize)
+    for dtype, edges in EDGES.items()
+    for edge in edges
+    for step in (-1, 0, 1)
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "C"), WIDTHS)
+def test_widths_at_the_edges_of_tiles(op: str, dtype: torch.dtype, C: int) -> None:
+    check_by_rule(function(op), torchs(op), inputs(3, C, dtype=dtype), f"C={C}")
+    assert kernels.last_path()[0] == ("generic" if EDGES[dtype][-1] < C else "vector")
+
+
+@BOTH
+@pytest.mark.parametrize(("rows", "C"), [(1, 24), (0, 24), (300, 24), (300, 37), (40, 1032), (20, 1041), (9, 2064)])
+def test_every_block_has_several_rows_or_none(op: str, rows: int, C: int) -> None:
+    """Of each tile, and of the generic path; the emulated device has two multiprocessors."""
+    check_by_rule(function(op), torchs(op), inputs(rows, C, dtype=BF16), f"{rows} rows of {C}")
+
+
+@pytest.mark.parametrize("C", [48, 51])
+def test_a_parameter_in_another_dtype_than_the_other(C: int) -> None:
+    x, weight, _ = inputs(9, C, dtype=BF16)
+    mixed = [x, weight.float(), weight]
+    check_by_rule(
+        lambda x, w, b: ops.layer_norm(x, w, b),
+        lambda x, w, b: torch.nn.functional.layer_norm(x.to(wide(x)), (C,), w.to(wide(x)), b.to(wide(x))).to(x.dtype),
+        mixed,
+        "float32 weight, bfloat16 bias",
+    )
+    assert [g.dtype for g in outputs_and_gradients(ops.layer_norm, mixed)] == [BF16, BF16, F32, BF16]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else F32
+
+
+def test_a_row_may_lie_beyond_two_billion_elements() -> None:
+    """Its place is counted in 64 bits. Nothing between the two rows is touched, so it takes no memory."""
+    far = torch.empty(2**31 + 64, dtype=BF16).as_strided((2, 64), (2**31, 1))
+    near = inputs(2, 64, dtype=BF16)[0]
+    far.copy_(near)
+    weight = torch.ones(64, dtype=BF16)
+    with native.emulated(checked=False):  # the checks keep a byte for each element between
+        assert kernels.same([ops.rms_norm(far, weight)], [ops.rms_norm(near, weight)])
+
+
+# ---- which path ---------------------------------------------------------------------------------------
+
+
+def offset(x: Tensor) -> Tensor:
+    return in_layout(x, "offset")
+
+
+PATHS = {
+    "16-byte accesses": lambda x, w: (x, w),
+    "float64": lambda x, w: (x.double(), w.double()),
+    "the width is no multiple of 16 bytes": lambda x, w: (x[:, :-1].contiguous(), w[:-1].contiguous()),
+    "a row is too wide for registers": lambda x, w: (x.repeat(1, 512), w.repeat(512)),
+    "a tensor does not begin at a multiple of 16 bytes": lambda x, w: (offset(x), w),
+    "a row does not begin at a multiple of 16 bytes": lambda x, w: (torch.cat([x, x[:, :1]], 1)[:, :-1], w),
+    "weight or bias does not begin at a multiple of 16 bytes": lambda x, w: (x, offset(w)),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("reason", PATHS)
+def test_choose_path_says_which_and_why(op: str, reason: str) -> None:
+    x, weight = PATHS[reason](*inputs(4, 32, dtype=BF16)[:2])
+    path = "vector" if reason == "16-byte accesses" else "generic"
+    run = ops.rms_norm if op == RMS else ops.layer_norm
+    y = run(x.requires_grad_(), weight)
+    assert kernels.last_path() == (path, reason)
+    y.sum().backward()
+    # The gradient from upstream is an expanded scalar, whose rows begin anywhere; the backward's path may differ.
+    assert x.grad is not None and kernels.last_path()[0] in ("vector", "generic")
+
+
+def laid_out_as(x: Tensor, layout: str) -> Tensor:
+    if layout == "packed":  # like the keys in (B, T, Q + K + V, D)
+        return torch.cat([x[:, :, None] + 1, x[:, :, None], x[:, :, None] - 1], 2)[:, :, 1]
+    return in_layout(x, layout)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, F32, BF16])
+@pytest.mark.parametrize("C", [40, 41])
+def test_layouts(op: str, dtype: torch.dtype, C: int) -> None:
+    """Bitwise the same on one path; across paths, which an offset leads to, within the rule."""
+    args = inputs(2, 3, C, dtype=dtype)
+    for i in range(3):
+        for layout in (*LAYOUTS, "packed"):
+            if args[i].dim() == 1 and layout in ("packed", "expanded"):
+                continue
+            laid_out = [laid_out_as(a, layout) if j == i else a for j, a in enumerate(args)]
+            if layout == "offset" and C == 40 and dtype != torch.float64:
+                check_by_rule(function(op), torchs(op), laid_out, f"input {i}, one element off")
+                continue
+            got = outputs_and_gradients(function(op), laid_out)
+            expected = outputs_and_gradients(function(op), [a.contiguous() for a in laid_out])
+            assert kernels.same(got, expected), f"input {i} {layout}"
+
+
+@BOTH
+def test_one_tensor_may_be_given_twice(op: str) -> None:
+    x, weight, _ = inputs(5, 16, dtype=F32)
+    x.requires_grad_()
+    y, total = function(op)(x, weight, x)
+    torch.autograd.backward([y, total], [torch.ones_like(y), torch.ones_like(y)])
+    doubled = x.detach().clone().requires_grad_()
+    y2, total2 = function(op)(doubled, weight, doubled.detach().clone())
+    torch.autograd.backward([y2, total2], [torch.ones_like(y), torch.ones_like(y)])
+    assert torch.equal(y, y2) and torch.equal(total, total2) and torch.equal(x.grad, 2 * doubled.grad)
+
+
+# ---- dispatch -------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_kernels_run_and_no_reference(op: str, grad: bool) -> None:
+    x, weight, residual = (a.requires_grad_(grad) for a in inputs(5, 48, dtype=BF16))
+    with kernels.no_reference(importlib.import_module(f"fastgpt.ops.{op}")), kernels.Spy() as spy:
+        y, total = ops.rms_norm(x, weight, residual=residual) if op == RMS else ops.layer_norm(
+            x, weight, weight, residual=residual
+        )  # fmt: skip
+        if grad:
+            torch.autograd.grad([y, total], [x, weight, residual], [y.detach(), total.detach()])
+    assert spy.kernels == ([f"{op}_forward", f"{op}_backward"] if grad else [f"{op}_forward"])
+    assert not {name for name in spy.names if "norm" in name and not name.startswith("fastgpt")}
+
+
+@BOTH
+def test_a_second_derivative_is_refused(op: str) -> None:
+    x, weight, _ = inputs(3, 8, dtype=torch.float64)
+    x.requires_grad_()
+    y = function(op)(x, weight)
+    with pytest.raises(RuntimeError, match=f"{op}: the kernels have no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@BOTH
+def test_only_what_is_needed_is_computed(op: str) -> None:
+    """And where only x + residual was used, no kernel runs."""
+    x, weight, residual = inputs(5, 48, dtype=F32)
+    x.requires_grad_()
+    with kernels.Spy() as spy:
+        y, total = function(op)(x, weight, residual)
+        (gradient,) = torch.autograd.grad(total.sum(), x, retain_graph=True)
+        assert torch.equal(gradient, torch.ones_like(x)) and spy.kernels == [f"{op}_forward"]
+        with kernels.counted() as counts:
+            torch.autograd.grad(y.sum(), x)
+    assert [name for name in counts if "backward" in name] and not [name for name in counts if "partials" in name]
+
+
+CASES = {
+    "plain": lambda dtype: (randn(3, 5, dtype=dtype), None, randn(5, dtype=dtype)),
+    "residual": lambda dtype: (randn(2, 3, 8, dtype=dtype), randn(2, 3, 8, dtype=dtype, seed=1), randn(8, dtype=dtype)),
+    "none": lambda dtype: (randn(0, 8, dtype=dtype), None, randn(8, dtype=F32)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str, dtype: torch.dtype) -> None:
+    """Schemas and fakes say what the entries do."""
+    if case == "none" and dtype == torch.float64:
+        dtype = F32
+    x, residual, weight = CASES[case](dtype)
+    entries = torch.ops.fastgpt_emulated
+    bias = None if case == "plain" else weight
+    args = (x, residual, weight, bias, 1e-5)
+    torch.library.opcheck(entries.layer_norm_forward.default, args)
+    _, new_residual, mean, rstd = entries.layer_norm_forward(*args)
+    r = x if residual is None else new_residual
+    needs = (True, case != "plain", True)
+    torch.library.opcheck(entries.layer_norm_backward.default, (x, residual, r, weight, bias, mean, rstd, *needs))
+    torch.library.opcheck(entries.rms_norm_forward.default, (x, residual, weight, 1e-5))
+    torch.library.opcheck(entries.rms_norm_forward.default, (x, residual, None, 1e-5))
+    torch.library.opcheck(entries.rms_norm_backward.default, (x, residual, r, weight, rstd, True, False))
+    torch.library.opcheck(entries.rms_norm_backward.default, (x, residual, r, None, rstd, True, False))
+
+
+def test_entries_refuse_what_would_leave_their_memory() -> None:
+    entries = torch.ops.fastgpt_emulated
+    x, weight = torch.ones(3, 8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="residual must have the shape"):
+        entries.rms_norm_forward(x, torch.ones(2, 8), weight, 1e-6)
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(8,\)"):
+        entries.rms_norm_forward(x, None, torch.ones(7), 1e-6)
+    with pytest.raises(RuntimeError, match="rstd must be what the forward returned"):
+        entries.rms_norm_backward(x, None, x, weight, torch.ones(2), True, True)
+    with pytest.raises(RuntimeError, match="float64, float32, bfloat16 or float16"):
+        entries.rms_norm_forward(x.int(), None, None, 1e-6)
+
+
+@BOTH
+def test_compiled_once_for_three_batch_sizes(op: str) -> None:
+    torch._dynamo.reset()
+    compilations = []
+
+    def aot_eager(graph: Any, example: Any) -> Any:
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    compiled = torch.compile(function(op), fullgraph=True, backend=aot_eager, dynamic=True)
+    with kernels.counted() as counts:
+        check_by_rule(compiled, torchs(op), inputs(3, 4, 32, dtype=BF16), "compiled")
+        first = len(compilations)
+        for rows in (5, 8):
+            check_by_rule(compiled, torchs(op), inputs(rows, 4, 32, dtype=BF16), f"compiled, {rows} rows")
+    assert 0 < first == len(compilations)
+    assert all([name for name in counts if f"norm_{direction}_kernel" in name] for direction in ("forward", "backward"))
+
+
+@BOTH
+@pytest.mark.slow
+def test_compiled_by_inductor(op: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function(op), fullgraph=True)
+    check_by_rule(compiled, torchs(op), inputs(4, 32, dtype=BF16), "inductor")
+
+
+@BOTH
+def test_autocast(op: str) -> None:
+    """As on the reference: x and residual are promoted; a parameter may be in any dtype."""
+    x, weight, residual = inputs(6, 32, dtype=BF16)
+    with torch.autocast("cpu", dtype=BF16):
+        y, total = function(op)(x, weight.half(), residual.float())
+        plain = function(op)(x, weight.half())
+    assert y.dtype == total.dtype == F32 and plain.dtype == BF16
+    assert torch.equal(total, x.float() + residual.float())
+
+
+# ---- the same every time ---------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize(("rows", "C"), [(70, 40), (70, 41), (20, 1032)])
+def test_bitwise_the_same_over_schedules(op: str, rows: int, C: int) -> None:
+    args = inputs(rows, C, dtype=BF16)
+    runs = []
+    for seed in (1, 2, 3):
+        with native.emulated(seed=seed):
+            runs.append(outputs_and_gradients(function(op), args))
+    assert kernels.same(runs[0], runs[1]) and kernels.same(runs[1], runs[2])
+    assert not native.findings()
+
+
+# ---- what is moved, and how --------------------------------------------------------------------------------
+
+# Rows enough that weights and partial sums, which are read and written once for each block, are few among them.
+MOVED = [(3000, 768, BF16, BF16), (3000, 384, F32, F32), (1000, 2048, BF16, F32), (1000, 4096, BF16, BF16)]
+
+
+@BOTH
+@pytest.mark.parametrize(("rows", "C", "dtype", "weight_dtype"), MOVED)
+def test_bytes_and_sectors(op: str, rows: int, C: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Each tensor once, and hardly more; by whole sectors of 32 bytes; without bank conflicts."""
+    x, weight, residual = inputs(1, C, dtype=dtype)
+    x, residual = (torch.empty(rows, C, dtype=dtype).copy_(a) for a in (x, residual))
+    weight = weight.to(weight_dtype)
+    entries = torch.ops.fastgpt_emulated
+    rows_bytes, statistics = x.nbytes, rows * (8 if op == LN else 4)
+    parameters = weight.nbytes * (2 if op == LN else 1)
+
+    with kernels.counted() as forward:
+        if op == LN:
+            _, r, mean, rstd = entries.layer_norm_forward(x, residual, weight, weight, 1e-5)
+        else:
+            _, r, rstd = entries.rms_norm_forward(x, residual, weight, 1e-5)
+    with kernels.counted() as backward:
+        if op == LN:
+            entries.layer_norm_backward(x, residual, r, weight, weight, mean, rstd, True, True, True)
+        else:
+            entries.rms_norm_backward(x, residual, r, weight, rstd, True, True)
+
+    assert total(forward, "bytes") <= 1.03 * (4 * rows_bytes + statistics + parameters)
+    assert total(backward, "bytes") <= 1.10 * (4 * rows_bytes + statistics + weight.nbytes + parameters)
+    for counts in (forward, backward):
+        assert all("generic" not in name for name in counts)
+        assert total(counts, "conflicts") == 0
+        if (
+            weight_dtype == dtype
+        ):  # else a block takes two halves of a sector, one after the other, once for each weight
+            assert total(counts, "sectors") == total(counts, "ideal_sectors")
+
+
+def total(counts: dict[str, dict[str, int]], what: str) -> int:
+    return sum(kernel[what] for kernel in counts.values())
+
+
+VECTOR_KERNELS = 2 * 3 * 3  # forward and backward, three dtypes, three tiles
+GENERIC_KERNELS = 2 * 2 * 2 + 2  # forward and backward, two types to compute in, two widths; and the partial sums
+SUMS = 2
+
+
+def test_instantiations_are_few() -> None:
+    """Each one costs everybody's build time, for every architecture."""
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", built("emulated")], capture_output=True, text=True, check=True
+    ).stdout
+    found = set(re.findall(r"(norm_\w+_kernel<.*>)\(fastgpt::Norm\w+\)$", symbols, re.M))
+    assert len(found) == VECTOR_KERNELS + GENERIC_KERNELS + SUMS, sorted(found)
+
+
+def test_machine_code_has_128_bit_accesses_and_no_spills() -> None:
+    """Spills fail the build as well; this also sees them where flags change."""
+    library = built("cuda")
+    dump = toolchain.find_nvcc().root / "bin" / "cuobjdump"
+    if not dump.is_file():
+        pytest.skip("this CUDA toolkit has no cuobjdump")
+    listing = subprocess.run([dump, "-sass", library], capture_output=True, text=True, check=True).stdout
+    seen = {}
+    for part in re.split(r"\n\s*Fatbin elf code:", listing)[1:]:
+        arch = re.search(r"arch = (sm_\w+)", part)[1]
+        for function_ in re.split(r"Function : ", part)[1:]:
+            name = function_.split("\n", 1)[0].strip()
+            if "norm_" in name:
+                seen[arch, name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", function_)
+    assert len(seen) % (VECTOR_KERNELS + GENERIC_KERNELS + SUMS) == 0 and seen
+    for (arch, name), code in seen.items():
+        assert not [i for i in code if i.startswith(("LDL", "STL"))], f"{arch} {name} spills"
+        if re.search(r"norm_(forward|backward)_kernel", name):
+            assert [i for i in code if re.match(r"LDG\.E\S*\.128", i)], f"{arch} {name} has no 128-bit load"
+            assert [i for i in code if re.match(r"STG\.E\S*\.128", i)], f"{arch} {name} has no 128-bit store"
