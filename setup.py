@@ -23,7 +23,7 @@ class BuildKernels(build_ext):
         in_place = self.inplace or self.editable_mode
         self.folder = loading.FOLDER if in_place else Path(self.build_lib).absolute() / "fastgpt" / "native"
         try:
-            result = build.build_for_install(
+            result = build.build_as_wished(
                 ROOT / "csrc", self.folder, ROOT / "build" / "native", in_place=in_place, verbose=self.verbose > 1
             )
         except UserError as error:

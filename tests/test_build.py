@@ -419,7 +419,7 @@ def test_without_a_tool_nothing_is_built_and_the_reason_is_kept(tmp_path, monkey
 def test_on_other_systems_the_install_is_plain_python(system, tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: system[0])
     monkeypatch.setattr(platform, "machine", lambda: system[1])
-    result = build.build_for_install(tmp_path, tmp_path / "out", tmp_path / "work", in_place=False)
+    result = build.build_as_wished(tmp_path, tmp_path / "out", tmp_path / "work", in_place=False)
     assert result["reason"] == f"kernels are built on Linux x86_64 only, and this is {' '.join(system)}"
 
 
@@ -430,11 +430,11 @@ def test_fastgpt_cuda_decides(in_place, nowhere, tmp_path, monkeypatch):
     def install():
         out.mkdir(exist_ok=True)
         (out / "_ops.so").write_text("built before")
-        return build.build_for_install(tmp_path, out, tmp_path / "work", in_place=in_place)
+        return build.build_as_wished(tmp_path, out, tmp_path / "work", in_place=in_place)
 
     out = tmp_path / "out"
     monkeypatch.setenv("FASTGPT_CUDA", "0")
-    assert install()["reason"] == "it was installed with FASTGPT_CUDA=0" and not (out / "_ops.so").exists()
+    assert install()["reason"] == "FASTGPT_CUDA=0 asked for none" and not (out / "_ops.so").exists()
     monkeypatch.setenv("FASTGPT_CUDA", "auto")
     assert install()["status"] == "missing"
     assert (out / "_ops.so").exists() == in_place  # in the source tree it may have been carried there
@@ -452,7 +452,7 @@ def test_fastgpt_cuda_decides(in_place, nowhere, tmp_path, monkeypatch):
         install()
 
 
-def test_the_command_says_what_is_built_or_why_not(monkeypatch, capsys):
+def test_the_command_says_what_is_built_or_why_not(monkeypatch, capsys, tmp_path):
     done = {
         "status": "built",
         "nvcc": "13.0",
@@ -464,13 +464,18 @@ def test_the_command_says_what_is_built_or_why_not(monkeypatch, capsys):
         "cuda": {"kind": "cuda", **done},
         "emulated": {"kind": "emulated", "status": "missing", "reason": "a reason"},
     }
-    monkeypatch.setattr(build, "build", lambda kind, verbose: results[kind])
+    monkeypatch.setattr(build, "build", lambda kind, *_, verbose: results[kind])
     assert build.main([]) == 0
     assert capsys.readouterr().out == (
         "_ops.so is built, by nvcc 13.0 for 8.0, 9.0a, g++ 12.2.0, for torch 2.11 and newer\n"
         "_ops_emulated.so is not built: a reason\n"
     )
     assert build.main(["emulated"]) == 2
+    assert capsys.readouterr().out == "_ops_emulated.so is not built: a reason\n"
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setenv("FASTGPT_CUDA", "0")
+    assert build.main(["cuda"]) == 2
+    assert capsys.readouterr().out == "_ops.so is not built: FASTGPT_CUDA=0 asked for none\n"
     monkeypatch.setattr(build, "CSRC", Path("nowhere"))
     assert build.main([]) == 2
     error = capsys.readouterr().err

@@ -230,7 +230,9 @@ const char* fastgpt_emulator_counters() { return settings.c_str(); }
 const char* fastgpt_emulator_sites() { return R"([{"id": 3, "kind": "__syncthreads", "file": "a.cu", "line": 7}])"; }
 const char* fastgpt_emulator_findings() {
   return R"([{"kind": "data race", "kernel": "k", "message": "m", "thread": [1, 2, 3], "block": [0, 0, 0],
-              "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"]}])";
+              "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"]},
+              {"kind": "deadlock", "kernel": "k", "message": "m", "thread": null, "block": null,
+               "file": "a.cu", "line": 9, "inlined": []}])";
 }
 }
 """
@@ -283,7 +285,10 @@ def test_settings_reach_the_emulator_and_end_with_their_block() -> None:
 
 @pytest.mark.usefixtures("emulator")
 def test_what_the_emulator_reports_is_typed() -> None:
-    assert native.findings() == [native.Finding("data race", "k", "m", (1, 2, 3), (0, 0, 0), "a.cu", 7, ("b.cuh:1",))]
+    assert native.findings() == [
+        native.Finding("data race", "k", "m", (1, 2, 3), (0, 0, 0), "a.cu", 7, ("b.cuh:1",)),
+        native.Finding("deadlock", "k", "m", None, None, "a.cu", 9),
+    ]
     assert native.sites() == [native.Site(3, "__syncthreads", "a.cu", 7)]
 
 

@@ -170,8 +170,9 @@ class Finding:
     kind: str
     kernel: str
     message: str
-    thread: tuple[int, int, int]
-    block: tuple[int, int, int]
+    thread: tuple[int, int, int] | None
+    """None where no single thread is to blame."""
+    block: tuple[int, int, int] | None
     file: str
     line: int
     inlined: tuple[str, ...] = ()
@@ -234,17 +235,8 @@ def emulated(
 def findings() -> list[Finding]:
     """What the emulator has found since the last call."""
     found = _emulated_library().json("fastgpt_emulator_findings")
-    return [
-        Finding(
-            **{
-                **finding,
-                "thread": tuple(finding["thread"]),
-                "block": tuple(finding["block"]),
-                "inlined": tuple(finding.get("inlined", ())),
-            }
-        )
-        for finding in found
-    ]
+    frozen = [{name: tuple(v) if isinstance(v, list) else v for name, v in finding.items()} for finding in found]
+    return [Finding(**finding) for finding in frozen]
 
 
 def counters() -> list[dict[str, Any]]:

@@ -178,8 +178,8 @@ def build(
     return result
 
 
-def build_for_install(csrc: Path, out: Path, work: Path, *, in_place: bool, verbose: bool = False) -> dict[str, Any]:
-    """The CUDA kernels for an installation, by FASTGPT_CUDA: 1, or an error; 0, none; auto, where they can be built.
+def build_as_wished(csrc: Path, out: Path, work: Path, *, in_place: bool, verbose: bool = False) -> dict[str, Any]:
+    """The CUDA kernels as FASTGPT_CUDA wishes: 1, or an error; 0, none; auto, the default, where they can be built.
 
     Raises UserError. Outside the source tree nothing is left of an earlier build.
     """
@@ -187,11 +187,10 @@ def build_for_install(csrc: Path, out: Path, work: Path, *, in_place: bool, verb
     if wish not in ("0", "1", "auto"):
         raise UserError(f"FASTGPT_CUDA={wish}, expected 0 (no kernels), 1 (kernels or an error) or auto")
     if wish == "0" or not in_place:
-        for kind, file in FILES.items():
-            (out / file).unlink(missing_ok=True)
-            (out / result_file(kind)).unlink(missing_ok=True)
+        (out / FILES["cuda"]).unlink(missing_ok=True)
+        (out / result_file("cuda")).unlink(missing_ok=True)
     if wish == "0":
-        result = {"status": "missing", "kind": "cuda", "reason": "it was installed with FASTGPT_CUDA=0"}
+        result = {"status": "missing", "kind": "cuda", "reason": "FASTGPT_CUDA=0 asked for none"}
         out.mkdir(parents=True, exist_ok=True)
         _write(out / result_file("cuda"), json.dumps(result, indent=1) + "\n")
         return result
@@ -269,7 +268,12 @@ def main(argv: list[str]) -> int:
     try:
         if not CSRC.is_dir():
             raise UserError("the kernels' sources are not installed; build in a checkout of fastgpt, then install it")
-        results = [build(kind, verbose=arguments.verbose) for kind in arguments.kinds or FILES]
+        results = []
+        for kind in arguments.kinds or FILES:
+            if kind == "cuda":
+                results.append(build_as_wished(CSRC, FOLDER, WORK, in_place=True, verbose=arguments.verbose))
+            else:
+                results.append(build(kind, verbose=arguments.verbose))
     except UserError as error:
         print(f"fastgpt: error: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,6 @@ def require_platform() -> None:
 def package_folders() -> list[Path]:
     """Where packages may be installed. An isolated build hides the environment it is for from sys.path only."""
     names = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-    names += site.getsitepackages() if hasattr(site, "getsitepackages") else []
     names += [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [Path(name) for name in dict.fromkeys(names) if name]
 
@@ -285,7 +284,7 @@ def choose_archs(nvcc: Nvcc) -> tuple[list[Arch], str]:
                 oldest = Arch(str(OLDEST_ARCH))
                 raise UserError(
                     f"{source} asks for {unfit}; nvcc {dotted(nvcc.version)} and the kernels reach from {oldest} to "
-                    f"{Arch(max(supported, key=int, default=oldest.number))}"
+                    f"{Arch(max(supported, key=int, default=oldest.number))}; name others, or unset it"
                 )
             return kept, source
     visible = visible_archs()
