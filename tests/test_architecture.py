@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -213,6 +214,67 @@ def test_nothing_is_pickled(path):
 def test_preconditions_are_never_assert(path):
     found = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert)]
     assert not found, f"{dotted(path)}: lines {found}"
+
+
+# ---- csrc ----------------------------------------------------------------------------------------------
+
+CSRC = ROOT / "csrc"
+SHARED = {"device", "ptx", "host", "emulator"}  # every other folder is an op, or a family of ops with one stem
+
+# op.cpp -> op.h <- op.cu -> device -> ptx: what a file may include of csrc, by folder or by name; <op> is its folder.
+INCLUDES = {
+    "<op>/*.h": {"<op>", "device/types.h"},
+    "<op>/*.cu": {"<op>", "device", "ptx", "host/launch.h", "host/multiprocessors.h"},
+    "<op>/*.cpp": {"<op>", "host/tensor.h", "host/path.h"},
+    "host": {"host", "device", "emulator/emulator.h"},
+    "device": {"device", "ptx", "emulator/cuda.h"},
+    "ptx": {"ptx", "device/cuda.h", "emulator"},
+    "emulator": {"emulator"},
+}
+TORCH = {"<op>/*.cpp", "host/tensor.h"}  # may include torch's headers
+CUDA = {"device/cuda.h", "emulator/*", "ptx/*_gpu.cuh"}  # may include CUDA's
+BOTH_BUILDS = {"device/cuda.h", "host/*", "ptx/*"}  # may ask which build it is
+
+
+def cpp_sources() -> list[str]:
+    return sorted(path.relative_to(CSRC).as_posix() for path in CSRC.glob("*/*") if path.suffix in CPP)
+
+
+CPP = (".cu", ".cuh", ".cpp", ".h")
+
+
+def included(name: str) -> list[str]:
+    return re.findall(r'^\s*#include ["<]([^">]+)[">]', (CSRC / name).read_text(encoding="utf-8"), re.M)
+
+
+def is_one_of(name: str, patterns: set[str]) -> bool:
+    folder = name.split("/")[0]
+    generic = f"<op>/{name.split('/')[1]}" if folder not in SHARED else name
+    return any(fnmatch(generic, pattern) for pattern in patterns)
+
+
+@pytest.mark.parametrize("name", cpp_sources())
+def test_includes_go_one_way(name):
+    folder = name.split("/")[0]
+    key = folder if folder in SHARED else f"<op>/*{Path(name).suffix}"
+    allowed = {entry.replace("<op>", folder) for entry in INCLUDES[key]}
+    for header in included(name):
+        if (CSRC / header).is_file():
+            assert {header, header.split("/")[0]} & allowed, f"{name} includes {header}"
+        assert not header.startswith("torch/") or is_one_of(name, TORCH), f"{name} includes {header}"
+        assert not header.startswith("cuda") or is_one_of(name, CUDA), f"{name} includes {header}"
+
+
+@pytest.mark.parametrize("name", cpp_sources())
+def test_kernels_do_not_know_the_emulator(name):
+    text = (CSRC / name).read_text(encoding="utf-8")
+    asks = re.search(r"FASTGPT_EMULATED|__CUDACC__|__CUDA_ARCH__", text)
+    assert not asks or is_one_of(name, BOTH_BUILDS), f"{name} asks which build it is"
+
+
+def test_every_kernel_is_launched_by_launch():
+    for name in cpp_sources():
+        assert "<<<" not in (CSRC / name).read_text(encoding="utf-8"), name
 
 
 # ---- every tracked file ------------------------------------------------------------------------------
