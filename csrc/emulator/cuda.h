@@ -144,10 +144,12 @@ EMULATED T __reduce_max_sync(unsigned mask, T value) {
 
 namespace emulator {
 template <class T, class Change>
-__attribute__((always_inline, no_sanitize("thread"), no_sanitize("undefined"))) inline T atomic(T* address, Change change) {
+EMULATED T atomic(T* address, Change change) {
   access_memory(address, sizeof(T), Access::atomic);
-  T old = *address;
-  *address = change(old);
+  T old;
+  copy_unseen(&old, address, sizeof(T));
+  const T changed = change(old);
+  copy_unseen(address, &changed, sizeof(T));
   return old;
 }
 }  // namespace emulator

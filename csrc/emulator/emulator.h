@@ -57,7 +57,8 @@ void unregister_tensors();
 // ---- memory ----
 
 enum class Access : uint8_t { read, write, atomic };
-void access_memory(const void* address, size_t bytes, Access access);  // an access that no hook sees
+void access_memory(const void* address, size_t bytes, Access access);  // checks an access that no hook sees
+void copy_unseen(void* to, const void* from, size_t bytes);           // without checks: for what was checked already
 void* dynamic_shared_memory(size_t bytes_needed);
 uint32_t shared_address(const void* pointer);   // what cvta.to.shared gives
 void* map_to_rank(const void* pointer, unsigned rank);  // mapa: the same variable of another block of the cluster

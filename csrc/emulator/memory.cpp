@@ -289,13 +289,24 @@ void register_tensor(const void* begin, size_t bytes, size_t element_bytes, cons
 
 void unregister_tensors() { registered.clear(); }
 
+namespace {
+
+// Nothing of what a block left in its static shared memory may be taken for the next one's.
+void poison_statics(Block& block) {
+  for (auto& entry : block.statics.shadow) *reinterpret_cast<char*>(entry.first) = char(0xff);
+  block.statics.shadow.clear();
+  block.statics.contents.clear();
+}
+
+}  // namespace
+
 void begin_memory_checks(const void* kernel) {
   find_module(kernel);
   launched = &registered;
   for (Region& region : registered) region.shadow.clear();
   for (auto& block : machine.blocks) {  // none of them may go on referring to a set that is given away again
-    block->shadow.assign(block->shadow.size(), Shadow());
-    for (auto& [address, byte] : block->statics.shadow) byte = Shadow();
+    block->shadow.clear();
+    poison_statics(*block);
   }
   read_sets.clear();
   free_read_sets.clear();
@@ -313,12 +324,8 @@ void clear_shared_memory(Block& block) {
     for (Shadow& byte : block.shadow) drop_reads(byte);
     block.shadow.assign(machine.shared_bytes, Shadow());
   }
-  for (auto& [address, byte] : block.statics.shadow) {
-    drop_reads(byte);
-    *reinterpret_cast<char*>(address) = char(0xff);
-  }
-  block.statics.shadow.clear();
-  block.statics.contents.clear();
+  for (auto& [address, byte] : block.statics.shadow) drop_reads(byte);
+  poison_statics(block);
 }
 
 void swap_statics(Block& from, Block& to) {
@@ -422,6 +429,8 @@ void access_memory(const void* address, size_t bytes, Access access) {
   if (uintptr_t(address) % bytes) fail("misaligned address", format("%s of %zu bytes at an address that is not a multiple of it", verb(access), bytes), caller);
   check_access(address, bytes, access, caller);
 }
+
+void copy_unseen(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
 void* dynamic_shared_memory(size_t bytes_needed) {
   const Caller caller = EMULATOR_CALLER;

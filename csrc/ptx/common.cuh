@@ -1,0 +1,18 @@
+// What the files of this folder share. Each instruction is one function, in twins of one signature: NAME_gpu.cuh holds
+// the asm, NAME_emulated.cuh calls the emulator's model of it, NAME.cuh includes the one that the build needs.
+#pragma once
+
+#include <cstdint>
+
+#include "device/cuda.h"
+
+#define FASTGPT_PTX __device__ __forceinline__
+
+#if defined(__CUDACC__)
+// Hopper's instructions in sources that are also compiled for older chips, where nothing may call them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTGPT_SM90(...) __VA_ARGS__
+#else
+#define FASTGPT_SM90(...) __trap()
+#endif
+#endif

@@ -1,0 +1,1 @@
+"""The emulator of CUDA: what it finds, and its models of instructions."""

@@ -1,0 +1,100 @@
+"""The models of instructions give what plain loops give, in any order of threads; counters; mutation sites."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Emulator
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "models.cu"
+MODELS = re.findall(r"^MODEL\((\w+)\)", SOURCE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_model(emulator: Emulator, name: str, seed: int) -> None:
+    emulator.configure(seed=seed)
+    assert emulator.text("emulator_run_model", name) == ""
+    assert emulator.findings() == []
+
+
+# ---- counters ----
+
+
+def line_of(text: str) -> int:
+    return next(number for number, line in enumerate(SOURCE.read_text().splitlines(), 1) if text in line)
+
+
+def counted(emulator: Emulator, model: str, **wanted: Any) -> list[dict[str, Any]]:
+    emulator.configure(profile=True)
+    emulator.counters()
+    assert emulator.text("emulator_run_model", model) == ""
+    return [entry for entry in emulator.counters() if all(entry.get(key) == value for key, value in wanted.items())]
+
+
+def test_sectors_of_a_row_and_of_a_column(emulator: Emulator) -> None:
+    entries = counted(emulator, "counted_columns", space="global", access="load", kernel="columns")
+    by_line = {entry["line"]: entry for entry in entries}
+    column, row = by_line[line_of("COUNT column")], by_line[line_of("COUNT row")]
+    assert (column["requests"], column["bytes"], column["sectors"], column["ideal_sectors"]) == (1, 128, 32, 4)
+    assert (row["requests"], row["bytes"], row["sectors"], row["ideal_sectors"]) == (1, 128, 4, 4)
+
+
+def test_bank_conflicts_of_a_column(emulator: Emulator) -> None:
+    [store] = counted(emulator, "counted_columns", space="shared", access="store")
+    assert (store["wavefronts"], store["ideal_wavefronts"], store["bank_conflicts"]) == (32, 1, 31)
+
+
+def test_matrix_flops(emulator: Emulator) -> None:
+    [mma] = counted(emulator, "mma_bf16", space="matrix")
+    assert mma["flops"] == 2 * 16 * 8 * 16
+    [wgmma] = counted(emulator, "wgmma_registers_k", space="matrix")
+    assert wgmma["flops"] == 2 * 64 * 64 * 64
+
+
+def test_bytes_of_tma(emulator: Emulator) -> None:
+    loads = counted(emulator, "wgmma_k_k", space="global", access="load")
+    assert sum(entry["bytes"] for entry in loads) == 2 * 64 * 64 * 2
+
+
+def test_counters_are_emptied_and_off_by_default(emulator: Emulator) -> None:
+    assert emulator.counters() == []
+    assert counted(emulator, "mma_bf16")
+    assert emulator.counters() == []
+    emulator.configure()
+    emulator.text("emulator_run_model", "mma_bf16")
+    assert emulator.counters() == []
+
+
+# ---- mutation sites ----
+
+
+def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
+    """Of kernels with barriers of every kind: without any one of them there is a finding, or a wrong result."""
+    for model in MODELS:
+        assert emulator.text("emulator_run_model", model) == ""
+    ours = [site for site in emulator.sites() if site["file"] == "tests/emulator/models.cu"]
+    kinds = {site["kind"] for site in ours}
+    assert kinds >= {"__syncthreads", "__syncwarp", "mbarrier.try_wait", "wgmma.fence", "wgmma.commit_group"}
+    assert kinds >= {"wgmma.wait_group", "cluster arrive", "cluster wait", "cp.async.wait_group", "mbarrier.arrive"}
+    unnoticed = set()
+    for site in ours:
+        emulator.configure(disabled_site=site["id"])
+        if not any(emulator.text("emulator_run_model", model) for model in MODELS):
+            unnoticed.add((site["kind"], site["line"], SOURCE.read_text().splitlines()[site["line"] - 1].strip()))
+    emulator.findings()
+    assert unnoticed == set()
+
+
+def test_sites_keep_their_numbers(emulator: Emulator) -> None:
+    emulator.text("emulator_run_model", "cluster")
+    before = emulator.sites()
+    emulator.text("emulator_run_model", "stmatrix")
+    after = emulator.sites()
+    assert after[: len(before)] == before
+    assert [site["id"] for site in after] == list(range(len(after)))
