@@ -96,9 +96,8 @@ def find_torch() -> Torch:
         if (folder / "torch/version.py").is_file():
             break  # one without these headers is older still
     else:
-        raise Missing(
-            "torch was not installed when fastgpt was; install torch, then fastgpt again with --no-build-isolation"
-        )
+        # uv hides the environment from an isolated build, pip does not
+        raise Missing("torch was not found; install torch, then fastgpt again (uv: --no-build-isolation)")
     oldest = dotted(OLDEST_TORCH)
     raise Missing(f"the torch in {folder} is older than {oldest}: pip install --upgrade 'torch>={oldest}'")
 
