@@ -2,6 +2,10 @@
 // comparison is for equality.
 #include "case.h"
 
+#include <cstring>
+
+#include "emulator/elements.h"
+
 namespace {
 
 template <class A, class B>
@@ -290,6 +294,128 @@ MODEL(wgmma_mn_k) { return check_wgmma<Major::mn, Major::k, false>(); }
 MODEL(wgmma_mn_mn) { return check_wgmma<Major::mn, Major::mn, false>(); }
 MODEL(wgmma_registers_k) { return check_wgmma<Major::k, Major::k, true>(); }
 MODEL(wgmma_registers_mn) { return check_wgmma<Major::k, Major::mn, true>(); }
+
+// C = A B^T the way a Hopper kernel does it: a producer warp fills a ring of stages by TMA, two consumer warpgroups
+// multiply, the result leaves by TMA.
+namespace matmul {
+
+constexpr int kTileM = 128, kTileN = 64, kTileK = 64, kStages = 2, kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+
+struct SharedMemory {
+  alignas(1024) bf16 a[kStages][kTileM * kTileK], b[kStages][kTileN * kTileK], c[kTileM * kTileN];
+  alignas(8) uint64_t full[kStages], empty[kStages];
+};
+
+struct RingPosition {
+  int stage = 0, parity = 0;  // the parity flips each time it comes back to stage 0
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+__global__ __launch_bounds__(kThreads, 1) void kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                                                      const __grid_constant__ TensorMap c, int k) {
+  SharedMemory& shared = dynamic_shared<SharedMemory>();
+  const int group = threadIdx.x / 128, steps = k / kTileK;
+  const int row = blockIdx.y * kTileM, column = blockIdx.x * kTileN;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(shared.full[stage], 1);
+      mbarrier_init(shared.empty[stage], kConsumers);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  RingPosition at;
+  if (group == kConsumers) {
+    give_back_registers_down_to<40>();
+    if (threadIdx.x == kConsumers * 128) {
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        mbarrier_wait(shared.empty[at.stage], at.parity ^ 1);
+        mbarrier_arrive_expect_bytes(shared.full[at.stage], sizeof(shared.a[0]) + sizeof(shared.b[0]));
+        const int a_at[2] = {step * kTileK, row}, b_at[2] = {step * kTileK, column};
+        tma_load(shared.a[at.stage], a, shared.full[at.stage], a_at);
+        tma_load(shared.b[at.stage], b, shared.full[at.stage], b_at);
+      }
+    }
+  } else {
+    take_registers_up_to<232>();
+    float d[32];
+    for (int step = 0; step < steps; ++step, at.advance()) {
+      mbarrier_wait(shared.full[at.stage], at.parity);
+      wgmma_fence();
+      for (int i = 0; i < kTileK; i += 16)
+        wgmma(d, matrix_descriptor(shared.a[at.stage] + group * 64 * kTileK + i, 0, 1024, 128),
+              matrix_descriptor(shared.b[at.stage] + i, 0, 1024, 128), step + i > 0, Bf16());
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (threadIdx.x % 128 == 0) mbarrier_arrive(shared.empty[at.stage]);
+    }
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < 32; i += 2) {  // where the store's swizzle expects it
+      const int r = group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2;
+      *reinterpret_cast<__nv_bfloat162*>(&shared.c[r * kTileN + (n / 8 ^ r % 8) * 8 + n % 8]) = __floats2bfloat162_rn(d[i], d[i + 1]);
+    }
+    fence_proxy_async();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int c_at[2] = {column, row};
+    tma_store(c, shared.c, c_at);
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+
+}  // namespace matmul
+
+MODEL(hopper_matmul) {
+  const int m = 136, n = 72, k = 192;  // tiles hang over the edges
+  std::vector<bf16> a(m * k), b(n * k), c(m * n), want;
+  for (int i = 0; i < m * k; ++i) a[i] = bf16(float(i * 7 % 3 - 1));  // sums stay below 256, so bf16 holds them
+  for (int i = 0; i < n * k; ++i) b[i] = bf16(float(i * 5 % 3 - 1));
+  for (const float x : product(a, b, m, n, k, k, 1, 1, k)) want.push_back(bf16(x));
+  Tensors tensors;
+  const auto map = [&](const bf16* base, int rows, int columns, uint32_t box_rows) {
+    const uint64_t sizes[2] = {uint64_t(columns), uint64_t(rows)}, strides[1] = {uint64_t(columns) * 2};
+    const uint32_t box[2] = {64, box_rows};
+    return make_tensor_map(base, kTensorBf16, 2, sizes, strides, box, 128);
+  };
+  launch(matmul::kernel, {dim3(2, 2), dim3(matmul::kThreads), sizeof(matmul::SharedMemory)}, map(tensors.in(a, "a"), m, k, 128),
+         map(tensors.in(b, "b"), n, k, 64), map(tensors.out(c, "c"), m, n, 128), k);
+  return differs(c, want, "element");
+}
+
+// ---- number formats ----
+
+MODEL(half_precision) {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const uint16_t half = uint16_t(bits);
+    __half h;
+    bf16 b;
+    std::memcpy(&h, &half, 2);
+    std::memcpy(&b, &half, 2);
+    const auto same = [](float x, float y) { return x == y || (x != x && y != y); };
+    if (!same(emulator::f16_to_float(half), __half2float(h))) return "f16 " + std::to_string(bits) + " to float";
+    if (!same(emulator::bf16_to_float(half), __bfloat162float(b))) return "bf16 " + std::to_string(bits) + " to float";
+    // The value itself, and points between it and its neighbours, ties among them.
+    for (const float scale : {1.0f, 1.0f + 0x1p-11f, 1.0f + 0x1p-9f, 1.0f + 0x1.8p-9f, 1.0f - 0x1p-12f}) {
+      const float x = __half2float(h) * scale, y = __bfloat162float(b) * scale;
+      const __half to_half = __float2half_rn(x);
+      const bf16 to_bf16 = __float2bfloat16_rn(y);
+      uint16_t want_half, want_bf16;
+      std::memcpy(&want_half, &to_half, 2);
+      std::memcpy(&want_bf16, &to_bf16, 2);
+      if (x == x && emulator::float_to_f16(x) != want_half) return std::to_string(x) + " to f16";
+      if (y == y && emulator::float_to_bf16(y) != want_bf16) return std::to_string(y) + " to bf16";
+    }
+  }
+  return "";
+}
 
 // ---- clusters ----
 
