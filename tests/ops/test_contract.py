@@ -74,6 +74,11 @@ def places(call: dict[str, Any]) -> list[tuple[str, int | None]]:
     return found
 
 
+def at(call: dict[str, Any], place: tuple[str, int | None]) -> Tensor:
+    name, number = place
+    return call[name] if number is None else call[name][number]
+
+
 def changed(call: dict[str, Any], place: tuple[str, int | None], change: Callable[[Tensor], Any]) -> dict[str, Any]:
     name, number = place
     if number is None:
@@ -122,7 +127,7 @@ def test_the_same_outcome_on_meta_and_cpu(name):
     assert not isinstance(outcome(op, make()), str)
     refused = 0
     for place in places(make()):
-        tensor = make()[place[0]] if place[1] is None else make()[place[0]][place[1]]
+        tensor = at(make(), place)
         for what, change in wrongs(tensor):
             real, meta = changed(make(), place, change), changed(make(), place, change)
             meta = {key: on_meta(value) for key, value in meta.items()}
@@ -150,12 +155,12 @@ def test_strides_do_not_matter_or_are_refused(name):
     def everything(call: dict[str, Any]) -> list[Tensor]:
         """What comes out, and what is left in the arguments (an op may work in place)."""
         made = op(**call)
-        left = [call[n] if i is None else call[n][i] for n, i in places(call)]
+        left = [at(call, place) for place in places(call)]
         return [*as_tuple(made if made is not None else ()), *left]
 
     for place in places(make()):
         for layout in LAYOUTS:
-            tensor = make()[place[0]] if place[1] is None else make()[place[0]][place[1]]
+            tensor = at(make(), place)
             if layout == "expanded" and not tensor.dim():
                 continue
             laid_out = changed(make(), place, lambda t, layout=layout: in_layout(t, layout))
@@ -164,7 +169,7 @@ def test_strides_do_not_matter_or_are_refused(name):
                 assert "contiguous" in said, f"{place} {layout}: {said}"
                 continue
             for a, b in zip(everything(laid_out), everything(plain), strict=True):
-                torch.testing.assert_close(a, b, msg=lambda m, at=(place, layout): f"{at}: {m}")
+                torch.testing.assert_close(a, b, msg=lambda m, where=(place, layout): f"{where}: {m}")
 
 
 def test_every_op_is_here():
