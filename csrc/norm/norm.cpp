@@ -130,7 +130,7 @@ ForwardResult forward(const char* entry, bool subtract_mean, const Tensor& x, co
   p.y = call.out(made.y, "y");
   if (subtract_mean) p.mean = call.out(made.mean, "mean");
   p.rstd = call.out(made.rstd, "rstd");
-  norm_forward(p, remember(entry, choose_path(p)), call.stream());
+  launch_norm_forward(p, remember(entry, choose_path(p)), call.stream());
   return made;
 }
 
@@ -185,7 +185,7 @@ BackwardResult backward(const char* entry, const Tensor& d_y, const OptionalTens
     partials = empty(r, {2, p.sums, columns}, accumulator_of(r));
     p.partials = call.out(*partials, "partials");
   }
-  norm_backward(p, path, call.stream());
+  launch_norm_backward(p, path, call.stream());
   return made;
 }
 

@@ -524,7 +524,7 @@ void norm_split_rows(NormBackward& p, NormPath path) {
   p.sums = divided_up(p.rows, p.rows_of_sum);
 }
 
-void norm_forward(const NormForward& p, NormPath path, Stream stream) {
+void launch_norm_forward(const NormForward& p, NormPath path, Stream stream) {
   if (p.rows == 0) return;
   if (path == NormPath::generic) {
     return p.dtype == DType::float64 ? forward_generic<double>(p, stream) : forward_generic<float>(p, stream);
@@ -532,7 +532,7 @@ void norm_forward(const NormForward& p, NormPath path, Stream stream) {
   with_tile(p.dtype, p.columns, [&](auto tile) { forward_on_vectors<decltype(tile)>(p, stream); });
 }
 
-void norm_backward(const NormBackward& p, NormPath path, Stream stream) {
+void launch_norm_backward(const NormBackward& p, NormPath path, Stream stream) {
   if (p.rows > 0) {
     if (path == NormPath::vector) {
       with_tile(p.dtype, p.columns, [&](auto tile) { backward_on_vectors<decltype(tile)>(p, stream); });

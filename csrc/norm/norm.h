@@ -61,7 +61,7 @@ int64_t norm_widest_vector_row(DType dtype);
 // Decides how many sums over how many rows each the backward first writes for every column: p.sums, p.rows_of_sum.
 void norm_split_rows(NormBackward& p, NormPath path);
 
-void norm_forward(const NormForward& p, NormPath path, Stream stream);
-void norm_backward(const NormBackward& p, NormPath path, Stream stream);
+void launch_norm_forward(const NormForward& p, NormPath path, Stream stream);
+void launch_norm_backward(const NormBackward& p, NormPath path, Stream stream);
 
 }  // namespace fastgpt
