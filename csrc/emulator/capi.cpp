@@ -39,7 +39,8 @@ FASTGPT_EXPORT void fastgpt_emulator_configure(const char* json) {
   if (const char* value = find_value(json, "checked")) settings.checked = *value == 't';
   if (const char* value = find_value(json, "profile")) settings.profile = *value == 't';
   if (const char* value = find_value(json, "seed")) settings.seed = std::strtoull(value, nullptr, 10);
-  if (const char* value = find_value(json, "chip")) settings.chip = std::string(value + 1, std::strcspn(value + 1, "\""));
+  if (const char* value = find_value(json, "chip"))
+    settings.chip = std::string(value + 1, std::strcspn(value + 1, "\""));
   if (const char* value = find_value(json, "disabled_site")) settings.disabled_site = std::atoi(value);
   emulator::configure(settings);
 }

@@ -90,8 +90,10 @@ void close(const void* address, const Site& site, const Request& request) {
   line.shared = site.shared;
   line.access = site.access;
   ++line.requests;
-  if (site.shared) count_wavefronts(request, line);
-  else count_sectors(request, line);
+  if (site.shared)
+    count_wavefronts(request, line);
+  else
+    count_sectors(request, line);
 }
 
 }  // namespace
@@ -173,7 +175,8 @@ std::string take_counters_json() {
     } else {
       entry.add("access", what.substr(space + 1)).add("bytes", line.bytes);
       const bool shared = what[0] == 's';
-      entry.add(shared ? "wavefronts" : "sectors", line.units).add(shared ? "ideal_wavefronts" : "ideal_sectors", line.ideal);
+      entry.add(shared ? "wavefronts" : "sectors", line.units)
+          .add(shared ? "ideal_wavefronts" : "ideal_sectors", line.ideal);
       if (shared) entry.add("bank_conflicts", line.units - line.ideal);
     }
     out.add(entry);

@@ -17,7 +17,7 @@ void count_access(uintptr_t address, size_t bytes, Access access, Space space, C
 // A copy by the TMA unit.
 void count_bulk(size_t bytes, Access access, Caller caller);
 void count_flops(uint64_t flops, Caller caller);
-void finish_counting();           // at the end of a block
+void finish_counting();  // at the end of a block
 std::string take_counters_json();
 
 }  // namespace emulator

@@ -26,7 +26,8 @@ void cp_async(void* shared_to, const void* from, unsigned bytes, unsigned bytes_
   need_chip(80, "cp.async", caller);
   Thread& thread = *current_thread;
   if (uintptr_t(shared_to) % bytes || uintptr_t(from) % bytes)
-    fail("misaligned address", format("cp.async of %u bytes needs both addresses to be multiples of it", bytes), caller);
+    fail("misaligned address", format("cp.async of %u bytes needs both addresses to be multiples of it", bytes),
+         caller);
   if (!in_shared(shared_to)) fail("not shared memory", "cp.async copies to dynamic shared memory only", caller);
   if (bytes_read) {
     touch_global(from, bytes_read, Access::read, thread_actor(thread), caller);

@@ -2,7 +2,8 @@
 #pragma once
 
 // Calls of memcpy and memset that the compiler does not expand would escape the memory hooks: they go to checked twins.
-extern "C" void* memcpy(void* __restrict, const void* __restrict, __SIZE_TYPE__) noexcept __asm__("fastgpt_emulator_memcpy");
+extern "C" void* memcpy(void* __restrict, const void* __restrict, __SIZE_TYPE__) noexcept
+    __asm__("fastgpt_emulator_memcpy");
 extern "C" void* memset(void*, int, __SIZE_TYPE__) noexcept __asm__("fastgpt_emulator_memset");
 
 #define __shared__ static  // co-resident blocks swap its contents, see memory.cpp
@@ -88,11 +89,36 @@ EMULATED int lane_or_self(int source, int lowest, int highest) {
   return source < lowest || source > highest ? int(lane()) : source;
 }
 
-struct Add { template <class T> T operator()(T a, T b) const { return a + b; } };
-struct Min { template <class T> T operator()(T a, T b) const { return a < b ? a : b; } };
-struct Max { template <class T> T operator()(T a, T b) const { return a < b ? b : a; } };
-struct Or { template <class T> T operator()(T a, T b) const { return a | b; } };
-struct And { template <class T> T operator()(T a, T b) const { return a & b; } };
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Min {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+struct Or {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a | b;
+  }
+};
+struct And {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a & b;
+  }
+};
 
 }  // namespace emulator
 
@@ -155,13 +181,21 @@ EMULATED T atomic(T* address, Change change) {
 }  // namespace emulator
 
 template <class T>
-EMULATED T atomicAdd(T* p, T value) { return emulator::atomic(p, [=](T old) { return T(old + value); }); }
+EMULATED T atomicAdd(T* p, T value) {
+  return emulator::atomic(p, [=](T old) { return T(old + value); });
+}
 template <class T>
-EMULATED T atomicMax(T* p, T value) { return emulator::atomic(p, [=](T old) { return old < value ? value : old; }); }
+EMULATED T atomicMax(T* p, T value) {
+  return emulator::atomic(p, [=](T old) { return old < value ? value : old; });
+}
 template <class T>
-EMULATED T atomicMin(T* p, T value) { return emulator::atomic(p, [=](T old) { return value < old ? value : old; }); }
+EMULATED T atomicMin(T* p, T value) {
+  return emulator::atomic(p, [=](T old) { return value < old ? value : old; });
+}
 template <class T>
-EMULATED T atomicExch(T* p, T value) { return emulator::atomic(p, [=](T) { return value; }); }
+EMULATED T atomicExch(T* p, T value) {
+  return emulator::atomic(p, [=](T) { return value; });
+}
 template <class T>
 EMULATED T atomicCAS(T* p, T expected, T value) {
   return emulator::atomic(p, [=](T old) { return old == expected ? value : old; });
@@ -169,11 +203,26 @@ EMULATED T atomicCAS(T* p, T expected, T value) {
 
 // ---- device functions that the host headers lack ----
 
-template <class T> EMULATED T __ldg(const T* p) { return *p; }
-template <class T> EMULATED T __ldcs(const T* p) { return *p; }
-template <class T> EMULATED T __ldcg(const T* p) { return *p; }
-template <class T> EMULATED void __stcs(T* p, T value) { *p = value; }
-template <class T> EMULATED void __stcg(T* p, T value) { *p = value; }
+template <class T>
+EMULATED T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+EMULATED T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+EMULATED T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+EMULATED void __stcs(T* p, T value) {
+  *p = value;
+}
+template <class T>
+EMULATED void __stcg(T* p, T value) {
+  *p = value;
+}
 EMULATED float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 EMULATED double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 EMULATED float __expf(float x) { return std::exp(x); }

@@ -33,15 +33,15 @@ __attribute__((const)) unsigned lane();
 // ---- settings and launching ----
 
 struct Settings {
-  bool checked = true;     // find races, bounds, uninitialised reads
-  bool profile = false;    // gather the counters
-  uint64_t seed = 0;       // 0: threads and blocks in order; otherwise shuffled by it
+  bool checked = true;   // find races, bounds, uninitialised reads
+  bool profile = false;  // gather the counters
+  uint64_t seed = 0;     // 0: threads and blocks in order; otherwise shuffled by it
   std::string chip = "sm_90a";
   int disabled_site = -1;  // this call of a barrier, wait, fence or in_bounds() has no effect
 };
 const Settings& settings();
 void configure(const Settings& settings);
-int chip_number();         // 90 for "sm_90a"
+int chip_number();  // 90 for "sm_90a"
 
 // Runs thread_body(context) once for each thread; throws std::runtime_error with the report if anything was found.
 void run_grid(const void* kernel, Dim grid, Dim block, Dim cluster, size_t shared_bytes,
@@ -58,27 +58,27 @@ void unregister_tensors();
 
 enum class Access : uint8_t { read, write, atomic };
 void access_memory(const void* address, size_t bytes, Access access);  // checks an access that no hook sees
-void copy_unseen(void* to, const void* from, size_t bytes);           // without checks: for what was checked already
+void copy_unseen(void* to, const void* from, size_t bytes);            // without checks: for what was checked already
 void* dynamic_shared_memory(size_t bytes_needed);
-uint32_t shared_address(const void* pointer);   // what cvta.to.shared gives
+uint32_t shared_address(const void* pointer);           // what cvta.to.shared gives
 void* map_to_rank(const void* pointer, unsigned rank);  // mapa: the same variable of another block of the cluster
 
 // ---- synchronisation ----
 
-void block_barrier();                                                  // __syncthreads()
-void named_barrier(unsigned id, unsigned thread_count, bool wait);     // bar.sync, bar.arrive
+void block_barrier();                                               // __syncthreads()
+void named_barrier(unsigned id, unsigned thread_count, bool wait);  // bar.sync, bar.arrive
 void cluster_arrive();
 void cluster_wait();
-void memory_fence(const char* name);                                   // __threadfence() and its kin
+void memory_fence(const char* name);  // __threadfence() and its kin
 void yield();
-bool bounds_condition(bool inside);                                    // true too where its call is disabled
+bool bounds_condition(bool inside);  // true too where its call is disabled
 [[noreturn]] void trap();
 
 // Waits until every lane of the mask is here; then one call of run sees the arguments of all of them.
 struct Caller;
 using WarpFunction = void (*)(void* const lane_arguments[32], unsigned mask, const Caller& caller);
 void warp_collective(const char* name, WarpFunction run, void* argument, unsigned mask);
-void warp_barrier(unsigned mask);                                      // __syncwarp()
+void warp_barrier(unsigned mask);  // __syncwarp()
 unsigned active_lanes();
 [[noreturn]] void bad_shuffle(int source, unsigned mask, const Caller& caller);
 

@@ -75,7 +75,7 @@ Fiber::~Fiber() { munmap(stack_ - kGuardBytes, kStackBytes + kGuardBytes); }
 void Fiber::restart() {
   auto* top = reinterpret_cast<uint64_t*>(stack_ + kStackBytes);
 #if defined(__x86_64__)
-  *--top = 0;                                       // the return address of fiber_main: there is none
+  *--top = 0;                                        // the return address of fiber_main: there is none
   *--top = reinterpret_cast<uint64_t>(&fiber_main);  // popped by ret
   for (int i = 0; i < 6; ++i) *--top = 0;
 #else

@@ -1,5 +1,5 @@
-// What g++ -fsanitize=thread,bounds,alignment calls, defined here instead of in the sanitizers' runtime libraries, which
-// could not be loaded into Python. This library itself is compiled without these hooks.
+// What g++ -fsanitize=thread,bounds,alignment calls, defined here instead of in the sanitizers' runtime libraries,
+// which could not be loaded into Python. This library itself is compiled without these hooks.
 #include <cstring>
 
 #include "machine.h"
@@ -10,17 +10,17 @@ using emulator::Caller;
 using emulator::check_access;
 using emulator::current_thread;
 
-#define FASTGPT_HOOK(name, bytes, access) \
-  void name(void* p) {                    \
+#define FASTGPT_HOOK(name, bytes, access)                                \
+  void name(void* p) {                                                   \
     if (current_thread) check_access(p, bytes, access, EMULATOR_CALLER); \
   }
-#define FASTGPT_HOOKS(bytes)                                         \
-  FASTGPT_HOOK(__tsan_read##bytes, bytes, Access::read)              \
-  FASTGPT_HOOK(__tsan_write##bytes, bytes, Access::write)            \
-  FASTGPT_HOOK(__tsan_unaligned_read##bytes, bytes, Access::read)    \
-  FASTGPT_HOOK(__tsan_unaligned_write##bytes, bytes, Access::write)  \
-  FASTGPT_HOOK(__tsan_volatile_read##bytes, bytes, Access::atomic)   \
-  FASTGPT_HOOK(__tsan_volatile_write##bytes, bytes, Access::atomic)  \
+#define FASTGPT_HOOKS(bytes)                                                 \
+  FASTGPT_HOOK(__tsan_read##bytes, bytes, Access::read)                      \
+  FASTGPT_HOOK(__tsan_write##bytes, bytes, Access::write)                    \
+  FASTGPT_HOOK(__tsan_unaligned_read##bytes, bytes, Access::read)            \
+  FASTGPT_HOOK(__tsan_unaligned_write##bytes, bytes, Access::write)          \
+  FASTGPT_HOOK(__tsan_volatile_read##bytes, bytes, Access::atomic)           \
+  FASTGPT_HOOK(__tsan_volatile_write##bytes, bytes, Access::atomic)          \
   FASTGPT_HOOK(__tsan_unaligned_volatile_read##bytes, bytes, Access::atomic) \
   FASTGPT_HOOK(__tsan_unaligned_volatile_write##bytes, bytes, Access::atomic)
 
@@ -89,13 +89,17 @@ struct TypeMismatch {
 
 void __ubsan_handle_out_of_bounds(OutOfBounds* record, uintptr_t index) {
   if (!current_thread) return;
-  emulator::fail("out of bounds", emulator::format("index %ld of an array of type %s", long(index), record->array->name), EMULATOR_CALLER);
+  emulator::fail("out of bounds",
+                 emulator::format("index %ld of an array of type %s", long(index), record->array->name),
+                 EMULATOR_CALLER);
 }
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* record, uintptr_t address) {
   if (!current_thread) return;
   const uintptr_t alignment = uintptr_t(1) << record->log_alignment;
-  emulator::fail("misaligned address", emulator::format("a %s lies on a multiple of %zu bytes, this address is %zu past one", record->type->name,
-                                                        size_t(alignment), size_t(address % alignment)), EMULATOR_CALLER);
+  emulator::fail("misaligned address",
+                 emulator::format("a %s lies on a multiple of %zu bytes, this address is %zu past one",
+                                  record->type->name, size_t(alignment), size_t(address % alignment)),
+                 EMULATOR_CALLER);
 }
 
 }  // extern "C"

@@ -43,14 +43,15 @@ struct TensorMap {
   uint64_t sizes[5] = {};
   uint64_t strides[5] = {};  // in bytes; strides[0] is the element's size
   uint32_t box[5] = {};
-  unsigned swizzle = 0;      // bytes: 0, 32, 64 or 128
+  unsigned swizzle = 0;  // bytes: 0, 32, 64 or 128
   unsigned box_bytes() const;
 };
 // strides: rank - 1 of them, in bytes. Throws std::invalid_argument for what the driver refuses.
 TensorMap make_tensor_map(void* base, TensorType type, unsigned rank, const uint64_t* sizes, const uint64_t* strides,
                           const uint32_t* box, unsigned swizzle);
 // destinations: a bit for each block of the cluster that gets the box; 0: this block alone.
-void tma_load(void* shared_to, const TensorMap& map, uint64_t* barrier, const int* at, unsigned rank, uint16_t destinations);
+void tma_load(void* shared_to, const TensorMap& map, uint64_t* barrier, const int* at, unsigned rank,
+              uint16_t destinations);
 void tma_store(const TensorMap& map, const void* shared_from, const int* at, unsigned rank);
 void tma_reduce_add(const TensorMap& map, const void* shared_from, const int* at, unsigned rank);
 void bulk_load(void* shared_to, const void* from, unsigned bytes, uint64_t* barrier);
@@ -66,6 +67,6 @@ void wgmma_wait(unsigned groups_left);
 // D[64, columns] (+)= A[64, 16] B[16, columns]; a_registers null: A is in shared memory, where descriptor a says.
 void wgmma(MatrixType type, int columns, float* accumulators, const uint32_t* a_registers, uint64_t a, uint64_t b,
            bool accumulate, bool a_mn_major, bool b_mn_major);
-void set_max_registers(unsigned count, bool take);  // setmaxnreg: 9.7.19.5
+void set_max_registers(unsigned count);  // setmaxnreg: 9.7.19.5
 
 }  // namespace emulator

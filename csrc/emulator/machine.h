@@ -74,10 +74,10 @@ struct WarpMeeting {
 struct Wgmma {
   MatrixType type;
   int columns;
-  const void* key;                     // lane 0's accumulators stand for all of them
-  std::vector<uint32_t> a_registers;   // 4 a lane; empty: A is in shared memory
+  const void* key;                    // lane 0's accumulators stand for all of them
+  std::vector<uint32_t> a_registers;  // 4 a lane; empty: A is in shared memory
   std::array<const uint32_t*, 32> a_in;
-  uint64_t a, b;                       // matrix descriptors
+  uint64_t a, b;  // matrix descriptors
   bool accumulate, a_mn_major, b_mn_major;
   int actor;
   Clock clock;
@@ -113,7 +113,8 @@ struct BarrierClocks {
 
 struct Block {
   Dim index;
-  unsigned number = 0, rank = 0, live = 0;
+  unsigned rank = 0;  // in its cluster
+  unsigned live = 0;  // threads that have not exited
   char* shared = nullptr;
   std::vector<Thread*> threads;
   std::vector<Warp> warps;
@@ -136,17 +137,16 @@ struct AsyncOperation {
 struct Transfer {
   enum class Kind { load, store, reduce_add } kind;
   char* shared;
-  TensorMap map;                        // for tensor copies
+  TensorMap map;  // for tensor copies
   std::array<int, 5> at{};
-  char* global = nullptr;               // for plain bulk copies
+  char* global = nullptr;  // for plain bulk copies
   unsigned bytes = 0;
   uint64_t* barrier = nullptr;
-  uint16_t destinations = 0;            // multicast: the blocks that get the data; 0: the issuer's
-  Thread* issuer = nullptr;
-  Caller caller;                        // for checks while it is issued
+  uint16_t destinations = 0;  // multicast: the blocks that get the data; 0: the issuer's
+  Caller caller;              // for checks while it is issued
   int actor = 0, write_actor = 0;
   Clock clock = 0, write_clock = 0;
-  std::vector<char> snapshot;           // of a store: what was read from shared memory
+  std::vector<char> snapshot;  // of a store: what was read from shared memory
   bool was_read = false, done = false;
 };
 
@@ -170,17 +170,17 @@ struct Machine {
   unsigned thread_count = 0, live = 0, cluster_number = 0;
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned block_count = 0;
-  std::vector<uint64_t> ready;                   // a bit for each thread
+  std::vector<uint64_t> ready;  // a bit for each thread
   size_t clock_size = 0;
   unsigned next_async_actor = 0;
   std::array<Clock, kAsyncActors> async_clocks{};
   std::array<AsyncOperation, kAsyncActors> async_operations;
   bool async_proxy_used = false;
   std::vector<Transfer> transfers;
-  size_t first_transfer = 0;                     // those before it are done
+  size_t first_transfer = 0;  // those before it are done
   Barrier cluster_barrier;
   unsigned cluster_phases = 0;
-  Block* statics_of = nullptr;                   // whose static shared memory is in place
+  Block* statics_of = nullptr;  // whose static shared memory is in place
   uint64_t idle_yields = 0;
 
   char* shared_arena = nullptr;
@@ -207,16 +207,22 @@ inline unsigned copy_actor(const Thread& thread) { return machine.thread_count +
 inline unsigned async_actor(int operation) { return 2 * machine.thread_count + operation; }
 std::string actor_name(unsigned actor);
 std::string thread_name(const Thread& thread);
-// Several threads meet; true for the last, for whom all others have been made ready.
+// Waits for all lanes of the mask; the last to come runs the function over the arguments of all.
 void meet_in_warp(const char* name, WarpFunction run, void* argument, unsigned mask, bool orders_memory, Caller caller);
 void need_chip(int number, const char* instruction, Caller caller);
 
 // ---- asynchronous work, of tma.cpp and cp_async.cpp ----
-bool run_one_transfer();                          // false: none is left
+bool run_one_transfer();  // false: none is left
 void finish_thread_copies(Thread& thread);
 void check_unfinished_stores(Thread& thread);
-void check_unfinished_wgmmas(const Thread& thread);
+
+// ---- mbarrier.cpp ----
 std::string mbarrier_state(const uint64_t* barrier);
+void check_mbarrier(const uint64_t* barrier, Caller caller);                         // that it may be used
+void complete_bytes(uint64_t* barrier, unsigned bytes, int operation, Clock clock);  // a copy has arrived
+
+// ---- wgmma.cpp ----
+void check_unfinished_wgmmas(const Thread& thread);
 void check_register_budget(Block& block);
 
 }  // namespace emulator

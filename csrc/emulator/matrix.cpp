@@ -51,7 +51,8 @@ void run_stmatrix(void* const arguments[32], unsigned, const Caller&) {
 void check_row(const char* name, const void* row, int count, Access access, Caller caller) {
   const Thread& thread = *current_thread;
   if (thread.lane >= unsigned(count) * 8) return;
-  if (uintptr_t(row) % 16) fail("misaligned address", format("the rows of %s lie on multiples of 16 bytes", name), caller);
+  if (uintptr_t(row) % 16)
+    fail("misaligned address", format("the rows of %s lie on multiples of 16 bytes", name), caller);
   if (!in_shared(row)) fail("not shared memory", format("%s takes rows in dynamic shared memory only", name), caller);
   touch_shared(row, 16, access, thread_actor(thread), caller);
   if (machine.profiled()) count_access(uintptr_t(row), 16, access, Space::shared, caller);
@@ -76,14 +77,16 @@ void run_mma(void* const arguments[32], unsigned, const Caller& caller) {
     const int group = lane / 4, member = lane % 4;
     for (int i = 0; i < 4; ++i) {
       const int row = group + i % 2 * 8;
-      if (tf32) a[row][member + i / 2 * 4] = tf32_to_float(mine.a[i]);
+      if (tf32)
+        a[row][member + i / 2 * 4] = tf32_to_float(mine.a[i]);
       else
         for (int half = 0; half < 2; ++half)
           a[row][member * 2 + half + i / 2 * 8] = half_to_float(type, uint16_t(mine.a[i] >> 16 * half));
       d[group + i / 2 * 8][member * 2 + i % 2] = mine.c[i];
     }
     for (int i = 0; i < 2; ++i) {
-      if (tf32) b[member + i * 4][group] = tf32_to_float(mine.b[i]);
+      if (tf32)
+        b[member + i * 4][group] = tf32_to_float(mine.b[i]);
       else
         for (int half = 0; half < 2; ++half)
           b[member * 2 + half + i * 8][group] = half_to_float(type, uint16_t(mine.b[i] >> 16 * half));

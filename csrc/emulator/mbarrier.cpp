@@ -32,11 +32,15 @@ BarrierClocks& clocks_of(const uint64_t* barrier) { return block_of_shared(barri
 Word checked_load(const uint64_t* barrier, Caller caller) {
   if (!in_shared(barrier)) fail("not shared memory", "an mbarrier lies in dynamic shared memory", caller);
   if (uintptr_t(barrier) % 8) fail("misaligned address", "an mbarrier lies on a multiple of 8 bytes", caller);
-  if (!block_of_shared(barrier).mbarriers.count(barrier)) fail("uninitialised mbarrier", "it was not initialised, or not any more", caller);
+  if (!block_of_shared(barrier).mbarriers.count(barrier))
+    fail("uninitialised mbarrier", "it was not initialised, or not any more", caller);
   if (machine.checked()) {
     const Shadow& byte = shared_shadow(barrier);
     if (byte.writer != Shadow::kNobody && current_thread->clock[byte.writer] < byte.write_clock)
-      report("data race", "the initialisation of the mbarrier by " + actor_name(byte.writer) + " is not ordered with its use: a barrier is missing", caller);
+      report("data race",
+             "the initialisation of the mbarrier by " + actor_name(byte.writer) +
+                 " is not ordered with its use: a barrier is missing",
+             caller);
   }
   return load(barrier);
 }
@@ -60,14 +64,18 @@ void finish_phase_if_complete(uint64_t* barrier) {
 
 void expect(Word& word, unsigned bytes, Caller caller) {
   if (word.bytes + int64_t(bytes) > kMostBytes)
-    fail("wrong mbarrier bytes", format("an mbarrier expects at most %d bytes, here %ld", kMostBytes, long(word.bytes + int64_t(bytes))), caller);
+    fail("wrong mbarrier bytes",
+         format("an mbarrier expects at most %d bytes, here %ld", kMostBytes, long(word.bytes + int64_t(bytes))),
+         caller);
   word.bytes += int(bytes);
 }
 
 void arrive(uint64_t* barrier, unsigned expected_bytes, Caller caller) {
   Thread& thread = *current_thread;
   Word word = checked_load(barrier, caller);
-  if (!word.pending) fail("wrong mbarrier count", format("more arrivals in a phase than the %u it was initialised for", word.expected), caller);
+  if (!word.pending)
+    fail("wrong mbarrier count", format("more arrivals in a phase than the %u it was initialised for", word.expected),
+         caller);
   if (machine.checked()) {
     BarrierClocks& clocks = clocks_of(barrier);
     join(clocks.collecting, thread.clock);
@@ -86,11 +94,13 @@ void mbarrier_init(uint64_t* barrier, unsigned count) {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "mbarrier", caller);  // sm_80 has some of it; our twins are Hopper's
   constexpr unsigned kMostArrivals = 0x7fff;
-  if (count == 0 || count > kMostArrivals) fail("wrong mbarrier count", format("an mbarrier takes 1 to %u arrivals, got %u", kMostArrivals, count), caller);
+  if (count == 0 || count > kMostArrivals)
+    fail("wrong mbarrier count", format("an mbarrier takes 1 to %u arrivals, got %u", kMostArrivals, count), caller);
   if (!in_shared(barrier)) fail("not shared memory", "an mbarrier lies in dynamic shared memory", caller);
   if (uintptr_t(barrier) % 8) fail("misaligned address", "an mbarrier lies on a multiple of 8 bytes", caller);
   auto& mbarriers = block_of_shared(barrier).mbarriers;
-  if (mbarriers.count(barrier)) report("mbarrier initialised twice", "it is in use: mbarrier.inval comes first", caller);
+  if (mbarriers.count(barrier))
+    report("mbarrier initialised twice", "it is in use: mbarrier.inval comes first", caller);
   touch_shared(barrier, 8, Access::write, thread_actor(*current_thread), caller);
   BarrierClocks& clocks = mbarriers[barrier];
   clocks.collecting.assign(machine.clock_size, 0);
@@ -103,7 +113,8 @@ void mbarrier_invalidate(uint64_t* barrier) {
   const Caller caller = EMULATOR_CALLER;
   checked_load(barrier, caller);
   for (unsigned i = 0; i < machine.thread_count; ++i)
-    if (machine.threads[i]->waits_for == barrier) fail("mbarrier invalidated", thread_name(*machine.threads[i]) + " waits for it", caller);
+    if (machine.threads[i]->waits_for == barrier)
+      fail("mbarrier invalidated", thread_name(*machine.threads[i]) + " waits for it", caller);
   touch_shared(barrier, 8, Access::write, thread_actor(*current_thread), caller);
   block_of_shared(barrier).mbarriers.erase(barrier);
 }
@@ -117,7 +128,8 @@ void mbarrier_arrive_at_rank(uint64_t* barrier, unsigned rank) {
   const Caller caller = EMULATOR_CALLER;
   if (site_disabled("mbarrier.arrive", caller)) return;
   need_chip(90, "mbarrier.arrive.shared::cluster", caller);
-  if (rank >= machine.block_count) fail("out of bounds", format("block %u of a cluster of %u", rank, machine.block_count), caller);
+  if (rank >= machine.block_count)
+    fail("out of bounds", format("block %u of a cluster of %u", rank, machine.block_count), caller);
   const ptrdiff_t offset = reinterpret_cast<char*>(barrier) - block_of_shared(barrier).shared;
   arrive(reinterpret_cast<uint64_t*>(machine.blocks[rank]->shared + offset), 0, caller);
 }
@@ -145,7 +157,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 std::string mbarrier_state(const uint64_t* barrier) {
   const Word word = load(barrier);
   return format("shared byte %ld: phase %u, %u of %u arrivals and %d bytes are missing",
-                long(reinterpret_cast<const char*>(barrier) - block_of_shared(barrier).shared), word.phase, word.pending, word.expected, word.bytes);
+                long(reinterpret_cast<const char*>(barrier) - block_of_shared(barrier).shared), word.phase,
+                word.pending, word.expected, word.bytes);
 }
 
 // 9.7.12.4 "fence.mbarrier_init": makes initialisations visible to the cluster; the cluster barrier that must follow

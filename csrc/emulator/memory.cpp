@@ -33,8 +33,8 @@ struct Region {
   size_t granule;  // the smallest element of its tensors
   bool writable;
   std::vector<Tensor> tensors;
-  std::vector<Shadow> shadow;         // of this launch; made at its first access
-  std::vector<uint8_t> initialised;   // since the tensors were registered; empty: all of it
+  std::vector<Shadow> shadow;        // of this launch; made at its first access
+  std::vector<uint8_t> initialised;  // since the tensors were registered; empty: all of it
 };
 
 thread_local std::vector<Region> registered;  // in order, apart from each other
@@ -43,7 +43,8 @@ size_t last_region = 0;
 
 Region* find_region(uintptr_t p) {
   std::vector<Region>& regions = *launched;
-  if (last_region < regions.size() && p - regions[last_region].begin < regions[last_region].end - regions[last_region].begin)
+  if (last_region < regions.size() &&
+      p - regions[last_region].begin < regions[last_region].end - regions[last_region].begin)
     return &regions[last_region];
   auto after = std::upper_bound(regions.begin(), regions.end(), p,
                                 [](uintptr_t address, const Region& region) { return address < region.begin; });
@@ -60,7 +61,9 @@ const Tensor* find_tensor(const Region& region, uintptr_t p, size_t bytes, bool 
   return nullptr;
 }
 
-const char* verb(Access access) { return access == Access::read ? "read" : access == Access::write ? "write" : "atomic"; }
+const char* verb(Access access) {
+  return access == Access::read ? "read" : access == Access::write ? "write" : "atomic";
+}
 
 [[noreturn]] void fail_outside(uintptr_t p, size_t bytes, Access access, Caller caller) {
   const std::vector<Region>& regions = *launched;
@@ -72,7 +75,8 @@ const char* verb(Access access) { return access == Access::read ? "read" : acces
       const long past = long(p + bytes) - long(tensor.end), before = long(tensor.begin) - long(p);
       if (past > 0 && long(p) >= long(tensor.begin) && past < best) {
         best = past;
-        place = format("%ld bytes past the end of '%s' (%ld bytes)", past, tensor.name.c_str(), long(tensor.end - tensor.begin));
+        place = format("%ld bytes past the end of '%s' (%ld bytes)", past, tensor.name.c_str(),
+                       long(tensor.end - tensor.begin));
       }
       if (before > 0 && before < best) {
         best = before;
@@ -117,7 +121,8 @@ void add_read(Shadow& shadow, const Actor& actor, uint32_t place) {
       return;
     }
     set.push_back({id, actor.clock, place});
-  } else if (shadow.reader == Shadow::kNobody || shadow.reader == id || (*actor.view)[shadow.reader] >= shadow.read_clock) {
+  } else if (shadow.reader == Shadow::kNobody || shadow.reader == id ||
+             (*actor.view)[shadow.reader] >= shadow.read_clock) {
     shadow.reader = id;
     shadow.read_clock = actor.clock;
     shadow.read_place = place;
@@ -138,9 +143,12 @@ std::string at_place(uint32_t place) {
 }
 
 template <class Name>
-void race(Access access, const char* earlier, const std::string& by, uint32_t place, const Actor& actor, Name name, Caller caller) {
-  report("data race", format("%s of %s by %s is not ordered with the %s by %s%s", verb(access), name().c_str(),
-                             actor_name(actor.id).c_str(), earlier, by.c_str(), at_place(place).c_str()), caller);
+void race(Access access, const char* earlier, const std::string& by, uint32_t place, const Actor& actor, Name name,
+          Caller caller) {
+  report("data race",
+         format("%s of %s by %s is not ordered with the %s by %s%s", verb(access), name().c_str(),
+                actor_name(actor.id).c_str(), earlier, by.c_str(), at_place(place).c_str()),
+         caller);
 }
 
 template <class Name>
@@ -152,11 +160,14 @@ void check_order(Shadow& shadow, Access access, const Actor& actor, Name name, C
       race(access, "write", "another block", shadow.write_place, actor, name, caller);
     } else if (shadow.writer != actor.id && (*actor.view)[shadow.writer] < shadow.write_clock) {
       race(access, "write", actor_name(shadow.writer), shadow.write_place, actor, name, caller);
-    } else if (actor.proxy && shadow.writer < machine.thread_count && (*actor.proxy)[shadow.writer] < shadow.write_clock) {
+    } else if (actor.proxy && shadow.writer < machine.thread_count &&
+               (*actor.proxy)[shadow.writer] < shadow.write_clock) {
       report("missing proxy fence",
              format("%s by %s of %s, written by %s with an ordinary store%s: the writer needs fence.proxy.async before "
-                    "the barrier", verb(access), actor_name(actor.id).c_str(), name().c_str(),
-                    actor_name(shadow.writer).c_str(), at_place(shadow.write_place).c_str()), caller);
+                    "the barrier",
+                    verb(access), actor_name(actor.id).c_str(), name().c_str(), actor_name(shadow.writer).c_str(),
+                    at_place(shadow.write_place).c_str()),
+             caller);
     }
   }
   if (access == Access::read) return;
@@ -168,7 +179,8 @@ void check_order(Shadow& shadow, Access access, const Actor& actor, Name name, C
       race(access, "read", actor_name(read.actor), read.place, actor, name, caller);
       break;
     }
-  } else if (shadow.reader != Shadow::kNobody && shadow.reader != actor.id && (*actor.view)[shadow.reader] < shadow.read_clock) {
+  } else if (shadow.reader != Shadow::kNobody && shadow.reader != actor.id &&
+             (*actor.view)[shadow.reader] < shadow.read_clock) {
     race(access, "read", actor_name(shadow.reader), shadow.read_place, actor, name, caller);
   }
 }
@@ -205,12 +217,13 @@ void find_module(const void* kernel) {
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* data) -> int {
         const uintptr_t address = uintptr_t(data);
-        auto range = [&](const ElfW(Phdr)& header) {
+        auto range = [&](const ElfW(Phdr) & header) {
           const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
           return Range{begin, begin + header.p_memsz};
         };
         const auto *begin = info->dlpi_phdr, *end = begin + info->dlpi_phnum;
-        if (std::none_of(begin, end, [&](auto& h) { return h.p_type == PT_LOAD && range(h).contains(address); })) return 0;
+        if (std::none_of(begin, end, [&](auto& h) { return h.p_type == PT_LOAD && range(h).contains(address); }))
+          return 0;
         for (const auto* header = begin; header != end; ++header) {
           if (header->p_type != PT_LOAD) continue;
           Range& into = header->p_flags & PF_W ? module_data : module_constants;
@@ -224,7 +237,8 @@ void find_module(const void* kernel) {
 
 std::string static_name(uintptr_t p) {
   Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(p), &info) && info.dli_sname) return format("static shared memory near '%s'", info.dli_sname);
+  if (dladdr(reinterpret_cast<void*>(p), &info) && info.dli_sname)
+    return format("static shared memory near '%s'", info.dli_sname);
   return "static shared memory";
 }
 
@@ -245,9 +259,10 @@ void check_busy_registers(const Thread& thread, uintptr_t p, size_t bytes, Acces
   for (const BusyRegisters& busy : thread.busy_registers) {
     if (p + bytes <= busy.begin || p >= busy.end) continue;
     if (busy.written || access != Access::read)
-      report("missing wgmma wait", format("%s of %s while the wgmma that %s them is in flight", verb(access),
-                                          busy.written ? "accumulator registers" : "operand registers",
-                                          busy.written ? "writes" : "reads"), caller);
+      report("missing wgmma wait",
+             format("%s of %s while the wgmma that %s them is in flight", verb(access),
+                    busy.written ? "accumulator registers" : "operand registers", busy.written ? "writes" : "reads"),
+             caller);
   }
 }
 
@@ -259,7 +274,8 @@ void register_tensor(const void* begin, size_t bytes, size_t element_bytes, cons
   if (bytes == 0) return;
   const uintptr_t from = uintptr_t(begin);
   const bool writable = access != TensorAccess::input;
-  Region region{from, from + bytes, element_bytes, writable, {{from, from + bytes, name, element_bytes, writable}}, {}, {}};
+  Region region{from, from + bytes, element_bytes, writable, {{from, from + bytes, name, element_bytes, writable}}, {},
+                {}};
   auto overlaps = [&](const Region& other) { return other.begin < region.end && region.begin < other.end; };
   std::vector<Region> apart;
   bool fresh = access == TensorAccess::output;  // nobody else gave this memory a meaning
@@ -354,16 +370,23 @@ void touch_shared(const void* address, size_t bytes, Access access, const Actor&
   const size_t in_arena = uintptr_t(address) - uintptr_t(machine.shared_arena);
   const size_t rank = in_arena / Machine::kSharedStride, offset = in_arena % Machine::kSharedStride;
   if (rank >= machine.block_count)
-    fail("out of bounds", format("%s of shared memory of block %zu of a cluster of %u", verb(access), rank, machine.block_count), caller);
+    fail("out of bounds",
+         format("%s of shared memory of block %zu of a cluster of %u", verb(access), rank, machine.block_count),
+         caller);
   if (offset + bytes > machine.shared_bytes)
-    fail("out of bounds", format("%s of %zu bytes at byte %zu of the block's %zu bytes of shared memory", verb(access), bytes,
-                                 offset, machine.shared_bytes), caller);
+    fail("out of bounds",
+         format("%s of %zu bytes at byte %zu of the block's %zu bytes of shared memory", verb(access), bytes, offset,
+                machine.shared_bytes),
+         caller);
   if (!machine.checked()) return;
   Block& block = *machine.blocks[rank];
   if (current_thread && current_thread->block != &block) {
     if (!machine.cluster_phases)
-      report("missing cluster barrier", "another block's shared memory is used before a cluster barrier says that it has started", caller);
-    if (!block.live) report("shared memory of a block that has exited", format("%s of shared memory of block %zu of the cluster", verb(access), rank), caller);
+      report("missing cluster barrier",
+             "another block's shared memory is used before a cluster barrier says that it has started", caller);
+    if (!block.live)
+      report("shared memory of a block that has exited",
+             format("%s of shared memory of block %zu of the cluster", verb(access), rank), caller);
   }
   for (size_t i = 0; i < bytes; ++i) {
     Shadow& byte = block.shadow[offset + i];
@@ -386,7 +409,8 @@ void touch_global(const void* address, size_t bytes, Access access, const Actor&
     report("write to an input", format("'%s' is read-only", tensor->name.c_str()), caller);
   }
   if (!region->writable) return;  // what nobody may write cannot race
-  if (region->shadow.empty()) region->shadow.resize((region->end - region->begin + region->granule - 1) / region->granule);
+  if (region->shadow.empty())
+    region->shadow.resize((region->end - region->begin + region->granule - 1) / region->granule);
   const size_t first = (p - region->begin) / region->granule, last = (p + bytes - 1 - region->begin) / region->granule;
   for (size_t i = first; i <= last; ++i) {
     auto name = [&] {
@@ -394,7 +418,8 @@ void touch_global(const void* address, size_t bytes, Access access, const Actor&
       return format("element %zu of '%s'", size_t(at - tensor->begin) / tensor->element_bytes, tensor->name.c_str());
     };
     if (!region->initialised.empty()) {
-      if (access != Access::write && !region->initialised[i]) report("uninitialised read", name() + " was never written", caller);
+      if (access != Access::write && !region->initialised[i])
+        report("uninitialised read", name() + " was never written", caller);
       if (access != Access::read) region->initialised[i] = 1;
     }
     touch(region->shadow[i], access, actor, name, caller);
@@ -426,7 +451,9 @@ void check_access(const void* address, size_t bytes, Access access, Caller calle
 void access_memory(const void* address, size_t bytes, Access access) {
   if (!current_thread) return;
   const Caller caller = EMULATOR_CALLER;
-  if (uintptr_t(address) % bytes) fail("misaligned address", format("%s of %zu bytes at an address that is not a multiple of it", verb(access), bytes), caller);
+  if (uintptr_t(address) % bytes)
+    fail("misaligned address",
+         format("%s of %zu bytes at an address that is not a multiple of it", verb(access), bytes), caller);
   check_access(address, bytes, access, caller);
 }
 
@@ -435,7 +462,10 @@ void copy_unseen(void* to, const void* from, size_t bytes) { std::memcpy(to, fro
 void* dynamic_shared_memory(size_t bytes_needed) {
   const Caller caller = EMULATOR_CALLER;
   if (bytes_needed > machine.shared_bytes)
-    fail("out of bounds", format("the kernel uses %zu bytes of dynamic shared memory, but was launched with %zu", bytes_needed, machine.shared_bytes), caller);
+    fail("out of bounds",
+         format("the kernel uses %zu bytes of dynamic shared memory, but was launched with %zu", bytes_needed,
+                machine.shared_bytes),
+         caller);
   return current_thread->block->shared;
 }
 
@@ -447,7 +477,8 @@ constexpr uint32_t kReserved = 1024, kWindow = 1 << 24;
 uint32_t shared_address(const void* pointer) {
   const Caller caller = EMULATOR_CALLER;
   if (!in_shared(pointer))
-    fail("not shared memory", "an instruction takes addresses of dynamic shared memory (dynamic_shared<>()) only", caller);
+    fail("not shared memory", "an instruction takes addresses of dynamic shared memory (dynamic_shared<>()) only",
+         caller);
   const Block& block = block_of_shared(pointer);
   const uint32_t offset = uint32_t(static_cast<const char*>(pointer) - block.shared) + kReserved;
   return &block == current_thread->block ? offset : (block.rank + 1) * kWindow + offset;
@@ -457,7 +488,8 @@ char* shared_pointer(uint32_t address, size_t bytes, Caller caller) {
   const unsigned rank = address < kWindow ? current_thread->block->rank : address / kWindow - 1;
   const uint32_t offset = address % kWindow;
   if (offset < kReserved || offset - kReserved + bytes > machine.shared_bytes || rank >= machine.block_count)
-    fail("out of bounds", format("address %u is outside the block's %zu bytes of shared memory", address, machine.shared_bytes), caller);
+    fail("out of bounds",
+         format("address %u is outside the block's %zu bytes of shared memory", address, machine.shared_bytes), caller);
   return machine.blocks[rank]->shared + (offset - kReserved);
 }
 

@@ -96,7 +96,8 @@ void look_up(const std::vector<const void*>& return_addresses) {
       const std::vector<const void*> part(module.second.begin() + begin, module.second.begin() + end);
       std::string command = "addr2line -a -f -i -C -e " + quoted(path);
       // A return address is the instruction after the call: one less lies within the call.
-      for (const void* address : part) command += format(" 0x%lx", (unsigned long)(uintptr_t(address) - 1 - module.first));
+      for (const void* address : part)
+        command += format(" 0x%lx", (unsigned long)(uintptr_t(address) - 1 - module.first));
       command += " 2>/dev/null";
       if (FILE* output = popen(command.c_str(), "r")) {
         parse(output, part);

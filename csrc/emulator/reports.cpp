@@ -11,8 +11,8 @@ namespace emulator {
 
 namespace {
 
-constexpr size_t kMostFindings = 20;   // of one launch: what follows is mostly their consequence
-constexpr size_t kMostKept = 1000;     // until somebody takes them
+constexpr size_t kMostFindings = 20;  // of one launch: what follows is mostly their consequence
+constexpr size_t kMostKept = 1000;    // until somebody takes them
 
 std::vector<Finding> kept, of_launch;
 std::set<std::pair<std::string, const void*>> reported;

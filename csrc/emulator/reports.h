@@ -25,7 +25,7 @@ std::string format(const char* form, ...) __attribute__((format(printf, 1, 2)));
 void report(const char* kind, const std::string& message, Caller caller);
 [[noreturn]] void fail(const char* kind, const std::string& message, Caller caller);  // and gives the launch up
 bool anything_found();
-std::string end_of_launch_report();          // the text of this launch's findings; they stay until taken
+std::string end_of_launch_report();  // the text of this launch's findings; they stay until taken
 std::vector<Finding> take_findings();
 
 }  // namespace emulator

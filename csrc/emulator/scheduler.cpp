@@ -86,7 +86,8 @@ std::string what_it_lacks(const Thread& thread) {
                     lanes_text(meeting.mask & ~meeting.arrived).c_str());
   for (const Barrier& barrier : thread.block->barriers)
     if (std::find(barrier.waiting.begin(), barrier.waiting.end(), &thread) != barrier.waiting.end())
-      return format("%u of %u threads are here", barrier.arrived, barrier.expected ? barrier.expected : thread.block->live);
+      return format("%u of %u threads are here", barrier.arrived,
+                    barrier.expected ? barrier.expected : thread.block->live);
   return "";
 }
 
@@ -114,7 +115,8 @@ std::string what_it_lacks(const Thread& thread) {
   const Thread* culprit = nullptr;
   for (const auto& [what, group] : groups) {
     culprit = culprit ? culprit : group.first;
-    message += format("%s%u threads wait in %s: %s", message.empty() ? "" : "; ", group.count, what.c_str(), thread_name(*group.first).c_str());
+    message += format("%s%u threads wait in %s: %s", message.empty() ? "" : "; ", group.count, what.c_str(),
+                      thread_name(*group.first).c_str());
     if (group.count > 1) message += " to " + thread_name(*group.last);
   }
   if (exited) message += format("; %u threads have exited", exited);
@@ -172,7 +174,8 @@ void prepare_cluster(unsigned cluster_x, unsigned cluster_y, unsigned cluster_z)
       Thread& thread = *machine.threads[rank * threads_a_block + i];
       thread.block = &block;
       thread.actor = rank * threads_a_block + i;
-      thread.thread_index = {i % machine.block.x, i / machine.block.x % machine.block.y, i / machine.block.x / machine.block.y};
+      thread.thread_index = {i % machine.block.x, i / machine.block.x % machine.block.y,
+                             i / machine.block.x / machine.block.y};
       thread.block_index = block.index;
       thread.block_size = machine.block;
       thread.grid_size = machine.grid;
@@ -218,10 +221,13 @@ void check_shape(Dim grid, Dim block, Dim cluster, size_t shared_bytes) {
   if (grid.count() == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     refuse(format("a grid has 1 to (2147483647,65535,65535) blocks, got (%u,%u,%u)", grid.x, grid.y, grid.z));
   if (shared_bytes > most_shared_bytes())
-    refuse(format("a block has at most %zu bytes of shared memory on %s, got %zu", most_shared_bytes(), machine.settings.chip.c_str(), shared_bytes));
+    refuse(format("a block has at most %zu bytes of shared memory on %s, got %zu", most_shared_bytes(),
+                  machine.settings.chip.c_str(), shared_bytes));
   if (cluster.count() > 1 && chip_number() < 90) refuse("clusters need sm_90");
-  if (cluster.count() == 0 || cluster.count() > Machine::kMaxClusterBlocks || grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
-    refuse(format("clusters of (%u,%u,%u) do not fit a grid of (%u,%u,%u)", cluster.x, cluster.y, cluster.z, grid.x, grid.y, grid.z));
+  if (cluster.count() == 0 || cluster.count() > Machine::kMaxClusterBlocks || grid.x % cluster.x ||
+      grid.y % cluster.y || grid.z % cluster.z)
+    refuse(format("clusters of (%u,%u,%u) do not fit a grid of (%u,%u,%u)", cluster.x, cluster.y, cluster.z, grid.x,
+                  grid.y, grid.z));
 }
 
 // All have arrived: those that wait go on, and so does the last, if it waits.
@@ -260,7 +266,8 @@ void thread_exits() {
   if (--block.live == 0) check_register_budget(block);
   // Barriers for the whole block or cluster count threads that have not exited.
   Barrier& whole_block = block.barriers[0];
-  if (!whole_block.waiting.empty() && !whole_block.expected && whole_block.arrived == block.live) release(whole_block, nullptr);
+  if (!whole_block.waiting.empty() && !whole_block.expected && whole_block.arrived == block.live)
+    release(whole_block, nullptr);
   if (machine.cluster_barrier.arrived && machine.cluster_barrier.arrived == machine.live) finish_cluster_barrier();
   if (machine.live == 0) {
     while (run_one_transfer()) {
@@ -287,8 +294,8 @@ void leave_launch() {
   __builtin_unreachable();
 }
 
-void run_grid(const void* kernel, Dim grid, Dim block, Dim cluster, size_t shared_bytes, void (*thread_body)(const void*),
-              const void* context) {
+void run_grid(const void* kernel, Dim grid, Dim block, Dim cluster, size_t shared_bytes,
+              void (*thread_body)(const void*), const void* context) {
   if (current_thread) throw std::runtime_error("invalid launch: a kernel cannot launch a kernel");
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -371,14 +378,17 @@ std::string thread_name(const Thread& thread) {
 
 std::string actor_name(unsigned actor) {
   if (actor < machine.thread_count) return thread_name(*machine.threads[actor]);
-  if (actor < 2 * machine.thread_count) return "cp.async of " + thread_name(*machine.threads[actor - machine.thread_count]);
+  if (actor < 2 * machine.thread_count)
+    return "cp.async of " + thread_name(*machine.threads[actor - machine.thread_count]);
   const AsyncOperation& operation = machine.async_operations[actor - 2 * machine.thread_count];
-  return std::string(operation.what) + " of " + thread_name(*operation.issuer) + ", issued at " + user_position(operation.address).text();
+  return std::string(operation.what) + " of " + thread_name(*operation.issuer) + ", issued at " +
+         user_position(operation.address).text();
 }
 
 void need_chip(int number, const char* instruction, Caller caller) {
   if (chip_number() < number)
-    fail("unsupported instruction", format("%s needs sm_%d, the chip is %s", instruction, number, machine.settings.chip.c_str()), caller);
+    fail("unsupported instruction",
+         format("%s needs sm_%d, the chip is %s", instruction, number, machine.settings.chip.c_str()), caller);
 }
 
 // ---- barriers of a block: PTX ISA 9.7.12.1, "bar" ----
@@ -393,11 +403,16 @@ void barrier(unsigned id, unsigned expected, bool wait, const char* name, Caller
     barrier.expected = expected;
     barrier.first_address = caller.address;
   } else if (barrier.expected != expected) {
-    fail("wrong barrier count", format("barrier %u is used for %u threads here, for %u by those that wait at it", id, expected, barrier.expected), caller);
+    fail("wrong barrier count",
+         format("barrier %u is used for %u threads here, for %u by those that wait at it", id, expected,
+                barrier.expected),
+         caller);
   } else if (id == 0 && expected == 0 && barrier.first_address != caller.address) {
     const Position first = user_position(barrier.first_address), here = user_position(caller.address);
     if (first.text() != here.text())
-      report("divergent barrier", "other threads of the block are at the barrier of " + first.text() + ": all must reach the same one", caller);
+      report("divergent barrier",
+             "other threads of the block are at the barrier of " + first.text() + ": all must reach the same one",
+             caller);
   }
   if (machine.checked()) {
     if (barrier.seen.empty()) {
@@ -429,7 +444,10 @@ void named_barrier(unsigned id, unsigned thread_count, bool wait) {
   if (site_disabled(name, caller)) return;
   if (id > 15) fail("wrong barrier", format("there are barriers 0 to 15, got %u", id), caller);
   if (thread_count == 0 || thread_count % 32 || thread_count > current_thread->block_size.count())
-    fail("wrong barrier count", format("a barrier takes whole warps of the block's %u threads, got %u", current_thread->block_size.count(), thread_count), caller);
+    fail("wrong barrier count",
+         format("a barrier takes whole warps of the block's %u threads, got %u", current_thread->block_size.count(),
+                thread_count),
+         caller);
   barrier(id, thread_count, wait, name, caller);
 }
 
@@ -481,7 +499,9 @@ void yield() {
   constexpr uint64_t kSpinning = 1 << 20;  // turns of all threads without any of them getting on
   const Caller caller = EMULATOR_CALLER;
   if (++machine.idle_yields > kSpinning)
-    fail("deadlock", "threads spin for what no running thread will do (blocks run one after another, unless they form a cluster)", caller);
+    fail("deadlock",
+         "threads spin for what no running thread will do (blocks run one after another, unless they form a cluster)",
+         caller);
   if (Thread* next = next_ready((current_thread->actor + 1) % machine.thread_count)) resume(*next);
   if (machine.idle_yields % 64 == 0) run_one_transfer();
 }
@@ -509,19 +529,25 @@ unsigned active_lanes() {
   return mask;
 }
 
-void meet_in_warp(const char* name, WarpFunction run, void* argument, unsigned mask, bool orders_memory, Caller caller) {
+void meet_in_warp(const char* name, WarpFunction run, void* argument, unsigned mask, bool orders_memory,
+                  Caller caller) {
   Thread& thread = *current_thread;
   Block& block = *thread.block;
   Warp& warp = block.warps[thread.warp];
   if (!(mask >> thread.lane & 1))
-    fail("wrong mask", format("%s: lane %u calls with mask %s, which leaves it out", name, thread.lane, lanes_text(mask).c_str()), caller);
-  auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const WarpMeeting& other) { return other.mask & mask; });
+    fail("wrong mask",
+         format("%s: lane %u calls with mask %s, which leaves it out", name, thread.lane, lanes_text(mask).c_str()),
+         caller);
+  auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(),
+                              [&](const WarpMeeting& other) { return other.mask & mask; });
   if (meeting == warp.meetings.end())
     meeting = warp.meetings.insert(meeting, WarpMeeting{run, name, mask, 0, {}, caller});
   if (meeting->mask != mask || std::strcmp(meeting->name, name))
-    fail("divergent warp", format("lane %u calls %s with mask %s while other lanes of its warp are in %s with mask %s at %s", thread.lane, name,
-                                  lanes_text(mask).c_str(), meeting->name, lanes_text(meeting->mask).c_str(),
-                                  user_position(meeting->caller.address).text().c_str()), caller);
+    fail("divergent warp",
+         format("lane %u calls %s with mask %s while other lanes of its warp are in %s with mask %s at %s", thread.lane,
+                name, lanes_text(mask).c_str(), meeting->name, lanes_text(meeting->mask).c_str(),
+                user_position(meeting->caller.address).text().c_str()),
+         caller);
   meeting->arguments[thread.lane] = argument;
   meeting->arrived |= 1u << thread.lane;
   if (meeting->arrived != mask) {
@@ -564,7 +590,8 @@ void warp_barrier(unsigned mask) {
 }
 
 void bad_shuffle(int source, unsigned mask, const Caller& caller) {
-  fail("wrong mask", format("a shuffle reads lane %d, which mask %s leaves out", source, lanes_text(mask).c_str()), caller);
+  fail("wrong mask", format("a shuffle reads lane %d, which mask %s leaves out", source, lanes_text(mask).c_str()),
+       caller);
 }
 
 }  // namespace emulator

@@ -1,4 +1,5 @@
-// Mutation sites: the calls of barriers, waits, fences and in_bounds(). Any one of them can be switched off at run time.
+// Mutation sites: the calls of barriers, waits, fences and in_bounds(). Any one of them can be switched off at run
+// time.
 #pragma once
 
 #include <string>

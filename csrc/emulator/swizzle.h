@@ -9,10 +9,14 @@ namespace emulator {
 template <class Address>
 Address swizzle_address(Address address, unsigned swizzle_bytes) {
   switch (swizzle_bytes) {
-    case 128: return address ^ ((address >> 7 & 7) << 4);
-    case 64: return address ^ ((address >> 7 & 3) << 4);
-    case 32: return address ^ ((address >> 7 & 1) << 4);
-    default: return address;
+    case 128:
+      return address ^ ((address >> 7 & 7) << 4);
+    case 64:
+      return address ^ ((address >> 7 & 3) << 4);
+    case 32:
+      return address ^ ((address >> 7 & 1) << 4);
+    default:
+      return address;
   }
 }
 

@@ -1,5 +1,6 @@
 // The tensor memory accelerator: PTX ISA 9.7.8.24.5 (bulk copies) and 5.5 (tensors: boxes, swizzles, what is outside).
-// Loads happen only when no thread can go on, stores when their group is waited for: whoever did not wait sees old data.
+// Loads happen only when no thread can go on, stores when their group is waited for: whoever did not wait sees old
+// data.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -13,16 +14,17 @@
 
 namespace emulator {
 
-void complete_bytes(uint64_t* barrier, unsigned bytes, int operation, Clock clock);  // mbarrier.cpp
-void check_mbarrier(const uint64_t* barrier, Caller caller);
-
 unsigned bytes_of(TensorType type) {
   switch (type) {
-    case TensorType::u8: return 1;
+    case TensorType::u8:
+      return 1;
     case TensorType::f16:
-    case TensorType::bf16: return 2;
-    case TensorType::f64: return 8;
-    default: return 4;
+    case TensorType::bf16:
+      return 2;
+    case TensorType::f64:
+      return 8;
+    default:
+      return 4;
   }
 }
 
@@ -44,17 +46,22 @@ TensorMap make_tensor_map(void* base, TensorType type, unsigned rank, const uint
   map.rank = rank;
   map.swizzle = swizzle;
   for (unsigned i = 0; i < rank; ++i) {
-    if (sizes[i] == 0 || sizes[i] > uint64_t(1) << 32) refuse(format("dimension %u has a size of %lu", i, (unsigned long)sizes[i]));
-    if (box[i] == 0 || box[i] > 256) refuse(format("a box has 1 to 256 elements along dimension %u, got %u", i, box[i]));
+    if (sizes[i] == 0 || sizes[i] > uint64_t(1) << 32)
+      refuse(format("dimension %u has a size of %lu", i, (unsigned long)sizes[i]));
+    if (box[i] == 0 || box[i] > 256)
+      refuse(format("a box has 1 to 256 elements along dimension %u, got %u", i, box[i]));
     map.sizes[i] = sizes[i];
     map.box[i] = box[i];
     map.strides[i] = i ? strides[i - 1] : bytes_of(type);
-    if (i && (map.strides[i] % 16 || map.strides[i] >= uint64_t(1) << 40)) refuse(format("stride %u must be a multiple of 16 bytes, got %lu", i, (unsigned long)map.strides[i]));
+    if (i && (map.strides[i] % 16 || map.strides[i] >= uint64_t(1) << 40))
+      refuse(format("stride %u must be a multiple of 16 bytes, got %lu", i, (unsigned long)map.strides[i]));
   }
   const unsigned row = box[0] * bytes_of(type);
   if (row % 16) refuse(format("a row of the box must be a multiple of 16 bytes, got %u", row));
-  if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128) refuse(format("no swizzle has %u bytes", swizzle));
-  if (swizzle && row > swizzle) refuse(format("a row of the box (%u bytes) must fit the swizzle's %u bytes", row, swizzle));
+  if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128)
+    refuse(format("no swizzle has %u bytes", swizzle));
+  if (swizzle && row > swizzle)
+    refuse(format("a row of the box (%u bytes) must fit the swizzle's %u bytes", row, swizzle));
   return map;
 }
 
@@ -85,7 +92,9 @@ char* at_rank(const void* pointer, unsigned rank) {
   return machine.blocks[rank]->shared + (static_cast<const char*>(pointer) - block_of_shared(pointer).shared);
 }
 
-char* swizzled(char* address, unsigned swizzle) { return reinterpret_cast<char*>(swizzle_address(uintptr_t(address), swizzle)); }
+char* swizzled(char* address, unsigned swizzle) {
+  return reinterpret_cast<char*>(swizzle_address(uintptr_t(address), swizzle));
+}
 
 void load_into(const Transfer& transfer, char* shared) {
   if (transfer.global) {
@@ -96,8 +105,10 @@ void load_into(const Transfer& transfer, char* shared) {
   for_each_row(transfer, [&](size_t offset, size_t first, size_t count, const char* from) {
     for (size_t i = 0; i < transfer.map.box[0]; ++i) {
       char* to = swizzled(shared + offset + i * element, transfer.map.swizzle);
-      if (i >= first && i < first + count) std::memcpy(to, from + (i - first) * element, element);
-      else std::memset(to, 0, element);  // what is outside the tensor reads as zero
+      if (i >= first && i < first + count)
+        std::memcpy(to, from + (i - first) * element, element);
+      else
+        std::memset(to, 0, element);  // what is outside the tensor reads as zero
     }
   });
 }
@@ -116,19 +127,32 @@ void add_element(TensorType type, char* to, const char* from) {
   std::memcpy(&a, to, std::min(2u, bytes_of(type)));
   std::memcpy(&b, from, std::min(2u, bytes_of(type)));
   switch (type) {
-    case TensorType::f32: add_as<float>(to, from); return;
-    case TensorType::f64: add_as<double>(to, from); return;
-    case TensorType::i32: add_as<uint32_t>(to, from); return;
-    case TensorType::u8: add_as<uint8_t>(to, from); return;
-    case TensorType::bf16: a = float_to_bf16(bf16_to_float(a) + bf16_to_float(b)); break;
-    case TensorType::f16: a = float_to_f16(f16_to_float(a) + f16_to_float(b)); break;
+    case TensorType::f32:
+      add_as<float>(to, from);
+      return;
+    case TensorType::f64:
+      add_as<double>(to, from);
+      return;
+    case TensorType::i32:
+      add_as<uint32_t>(to, from);
+      return;
+    case TensorType::u8:
+      add_as<uint8_t>(to, from);
+      return;
+    case TensorType::bf16:
+      a = float_to_bf16(bf16_to_float(a) + bf16_to_float(b));
+      break;
+    case TensorType::f16:
+      a = float_to_f16(f16_to_float(a) + f16_to_float(b));
+      break;
   }
   std::memcpy(to, &a, 2);
 }
 
 void store_elements(const Transfer& transfer, char* to, const char* from, size_t count) {
   const unsigned element = bytes_of(transfer.map.type);
-  if (transfer.kind == Transfer::Kind::store) std::memcpy(to, from, count * element);
+  if (transfer.kind == Transfer::Kind::store)
+    std::memcpy(to, from, count * element);
   else
     for (size_t i = 0; i < count; ++i) add_element(transfer.map.type, to + i * element, from + i * element);
 }
@@ -149,7 +173,8 @@ void write_result(Transfer& transfer) {
   read_source(transfer);
   transfer.done = true;
   const unsigned element = bytes_of(transfer.map.type);
-  if (transfer.global) store_elements(transfer, transfer.global, transfer.snapshot.data(), transfer.bytes / element);
+  if (transfer.global)
+    store_elements(transfer, transfer.global, transfer.snapshot.data(), transfer.bytes / element);
   else
     for_each_row(transfer, [&](size_t offset, size_t first, size_t count, char* to) {
       store_elements(transfer, to, &transfer.snapshot[offset + first * element], count);
@@ -161,7 +186,8 @@ void perform_load(Transfer& transfer) {
   for (unsigned rank = 0; rank < machine.block_count; ++rank) {
     if (!(transfer.destinations >> rank & 1)) continue;
     load_into(transfer, at_rank(transfer.shared, rank));
-    complete_bytes(reinterpret_cast<uint64_t*>(at_rank(transfer.barrier, rank)), transfer.bytes, transfer.actor, transfer.clock);
+    complete_bytes(reinterpret_cast<uint64_t*>(at_rank(transfer.barrier, rank)), transfer.bytes, transfer.actor,
+                   transfer.clock);
   }
 }
 
@@ -174,14 +200,18 @@ void start(Transfer transfer, Caller caller) {
   if (!in_shared(transfer.shared)) fail("not shared memory", format("%s needs dynamic shared memory", what), caller);
   const unsigned alignment = tensor ? 128 : 16;
   if (uintptr_t(transfer.shared) % alignment)
-    fail("misaligned address", format("the shared memory of %s lies on a multiple of %u bytes", what, alignment), caller);
+    fail("misaligned address", format("the shared memory of %s lies on a multiple of %u bytes", what, alignment),
+         caller);
   if (!tensor && (uintptr_t(transfer.global) % 16 || transfer.bytes % 16 || transfer.bytes == 0))
-    fail("misaligned address", format("a bulk copy goes by multiples of 16 bytes, got %u bytes from %zu past one", transfer.bytes, size_t(uintptr_t(transfer.global) % 16)), caller);
-  transfer.issuer = &thread;
+    fail("misaligned address",
+         format("a bulk copy goes by multiples of 16 bytes, got %u bytes from %zu past one", transfer.bytes,
+                size_t(uintptr_t(transfer.global) % 16)),
+         caller);
   transfer.caller = {caller.address, nullptr};
   if (transfer.destinations == 0) transfer.destinations = uint16_t(1u << block_of_shared(transfer.shared).rank);
   if (transfer.destinations >> machine.block_count)
-    fail("out of bounds", format("multicast to blocks 0x%x of a cluster of %u", transfer.destinations, machine.block_count), caller);
+    fail("out of bounds",
+         format("multicast to blocks 0x%x of a cluster of %u", transfer.destinations, machine.block_count), caller);
 
   transfer.actor = new_async_operation(what, thread, caller.address, &transfer.clock);
   const Actor shared_side{async_actor(transfer.actor), transfer.clock, &thread.clock, load ? nullptr : &thread.proxy};
@@ -205,7 +235,8 @@ void start(Transfer transfer, Caller caller) {
     touch_global(global, bytes, access, global_side, caller);
     moved += bytes;
   };
-  if (!tensor) touch_row(transfer.global, transfer.bytes);
+  if (!tensor)
+    touch_row(transfer.global, transfer.bytes);
   else
     for_each_row(transfer, [&](size_t, size_t, size_t count, const char* global) {
       if (count) touch_row(global, count * bytes_of(transfer.map.type));
@@ -215,8 +246,10 @@ void start(Transfer transfer, Caller caller) {
   machine.transfers.push_back(std::move(transfer));
 }
 
-Transfer tensor_transfer(Transfer::Kind kind, const void* shared, const TensorMap& map, const int* at, unsigned rank, Caller caller) {
-  if (map.rank != rank) fail("wrong tensor map", format("the instruction is for %u dimensions, the map has %u", rank, map.rank), caller);
+Transfer tensor_transfer(Transfer::Kind kind, const void* shared, const TensorMap& map, const int* at, unsigned rank,
+                         Caller caller) {
+  if (map.rank != rank)
+    fail("wrong tensor map", format("the instruction is for %u dimensions, the map has %u", rank, map.rank), caller);
   Transfer transfer{};
   transfer.kind = kind;
   transfer.shared = static_cast<char*>(const_cast<void*>(shared));
@@ -242,7 +275,8 @@ void see(Thread& thread, int actor, Clock clock) {
 
 }  // namespace
 
-void tma_load(void* shared_to, const TensorMap& map, uint64_t* barrier, const int* at, unsigned rank, uint16_t destinations) {
+void tma_load(void* shared_to, const TensorMap& map, uint64_t* barrier, const int* at, unsigned rank,
+              uint16_t destinations) {
   const Caller caller = EMULATOR_CALLER;
   Transfer transfer = tensor_transfer(Transfer::Kind::load, shared_to, map, at, rank, caller);
   transfer.barrier = barrier;
@@ -320,7 +354,10 @@ void check_unfinished_stores(Thread& thread) {
   const auto finish = [&](size_t index) {
     Transfer& transfer = machine.transfers[index];
     if (!transfer.was_read)
-      report("missing bulk wait", "the thread exits while its bulk copy may still read shared memory: commit_group and wait_group are needed", transfer.caller);
+      report(
+          "missing bulk wait",
+          "the thread exits while its bulk copy may still read shared memory: commit_group and wait_group are needed",
+          transfer.caller);
     write_result(transfer);
   };
   for (const auto& group : thread.store_groups) std::for_each(group.begin(), group.end(), finish);

@@ -28,7 +28,8 @@ struct Operand {
 
 Operand decode(uint64_t descriptor, bool mn_major, Caller caller) {
   static const unsigned kSwizzles[4] = {0, 128, 64, 32};
-  if (descriptor >> 49 & 7) fail("unsupported instruction", "matrix descriptors with a base offset are not modelled", caller);
+  if (descriptor >> 49 & 7)
+    fail("unsupported instruction", "matrix descriptors with a base offset are not modelled", caller);
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
   return {field(0), field(16), field(32), kSwizzles[descriptor >> 62], mn_major};
 }
@@ -89,7 +90,8 @@ void refresh_busy_registers(Warp& warp) {
     }
     const auto add = [&](const std::vector<Wgmma>& group) {
       for (const Wgmma& wgmma : group)
-        if (!wgmma.a_registers.empty()) busy.push_back({uintptr_t(wgmma.a_in[lane]), uintptr_t(wgmma.a_in[lane]) + 16, false});
+        if (!wgmma.a_registers.empty())
+          busy.push_back({uintptr_t(wgmma.a_in[lane]), uintptr_t(wgmma.a_in[lane]) + 16, false});
     };
     add(warp.open_wgmmas);
     for (const auto& group : warp.wgmma_groups) add(group);
@@ -107,7 +109,8 @@ void issue(void* const arguments[32], unsigned, const Caller& caller) {
   const size_t per_lane = first.columns / 2;
   auto found = warp.in_flight.find(first.accumulators);
   if (found == warp.in_flight.end()) {
-    if (!warp.wgmma_fenced) report("missing wgmma fence", "registers were used since the last wgmma, without a wgmma.fence after it", caller);
+    if (!warp.wgmma_fenced)
+      report("missing wgmma fence", "registers were used since the last wgmma, without a wgmma.fence after it", caller);
     Accumulators accumulators{{}, std::vector<float>(32 * per_lane)};
     for (int lane = 0; lane < 32; ++lane) {
       float* registers = accumulators.registers[lane] = argument(lane).accumulators;
@@ -119,7 +122,8 @@ void issue(void* const arguments[32], unsigned, const Caller& caller) {
     fail("missing wgmma fence", "the accumulators are in flight with another shape", caller);
   }
 
-  Wgmma wgmma{first.type, first.columns, first.accumulators, {}, {}, first.a, first.b, first.accumulate, first.a_mn_major, first.b_mn_major, 0, 0, caller.address};
+  Wgmma wgmma{first.type,       first.columns,    first.accumulators, {}, {}, first.a,       first.b,
+              first.accumulate, first.a_mn_major, first.b_mn_major,   0,  0,  caller.address};
   for (int lane = 0; lane < 32 && first.a_registers; ++lane) {
     wgmma.a_in[lane] = argument(lane).a_registers;
     wgmma.a_registers.insert(wgmma.a_registers.end(), wgmma.a_in[lane], wgmma.a_in[lane] + 4);
@@ -134,7 +138,8 @@ void issue(void* const arguments[32], unsigned, const Caller& caller) {
       join(proxy, lane_thread(warp, lane).proxy);
     }
     const Actor actor{async_actor(wgmma.actor), wgmma.clock, &view, &proxy};
-    if (!first.a_registers) check_operand(decode(wgmma.a, wgmma.a_mn_major, caller), warp.index % 4 * kRows, kRows, actor, caller);
+    if (!first.a_registers)
+      check_operand(decode(wgmma.a, wgmma.a_mn_major, caller), warp.index % 4 * kRows, kRows, actor, caller);
     check_operand(decode(wgmma.b, wgmma.b_mn_major, caller), 0, wgmma.columns, actor, caller);
   }
   if (machine.profiled()) count_flops(2ull * kRows * kDepth * wgmma.columns, caller);
@@ -149,12 +154,14 @@ void perform(Warp& warp, const Wgmma& wgmma) {
   const Caller caller{wgmma.address, nullptr};
   const int columns = wgmma.columns;
   if (wgmma.a_registers.empty()) {
-    read_operand(wgmma.type, decode(wgmma.a, wgmma.a_mn_major, caller), warp.index % 4 * kRows, kRows, &a[0][0], caller);
+    read_operand(wgmma.type, decode(wgmma.a, wgmma.a_mn_major, caller), warp.index % 4 * kRows, kRows, &a[0][0],
+                 caller);
   } else {  // the layout of A in registers: 9.7.14.5.1
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i)
         for (int half = 0; half < 2; ++half)
-          a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8] = half_to_float(wgmma.type, uint16_t(wgmma.a_registers[lane * 4 + i] >> 16 * half));
+          a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8] =
+              half_to_float(wgmma.type, uint16_t(wgmma.a_registers[lane * 4 + i] >> 16 * half));
   }
   read_operand(wgmma.type, decode(wgmma.b, wgmma.b_mn_major, caller), 0, columns, &b[0][0], caller);
   for (int column = 0; column < columns; ++column)
@@ -198,7 +205,8 @@ void finish_groups(Warp& warp, unsigned groups_left) {
     }
     const Accumulators& done = entry->second;
     const size_t per_lane = done.values.size() / 32;
-    for (int lane = 0; lane < 32; ++lane) std::memcpy(done.registers[lane], &done.values[lane * per_lane], per_lane * sizeof(float));
+    for (int lane = 0; lane < 32; ++lane)
+      std::memcpy(done.registers[lane], &done.values[lane * per_lane], per_lane * sizeof(float));
     entry = warp.in_flight.erase(entry);
   }
   warp.wgmma_fenced = false;
@@ -217,19 +225,25 @@ void wgmma_fence() {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "wgmma", caller);
   if (site_disabled("wgmma.fence", caller)) return;
-  meet_in_warp("wgmma.fence", [](void* const*, unsigned, const Caller&) {
-    current_thread->block->warps[current_thread->warp].wgmma_fenced = true;
-  }, nullptr, kWholeWarp, false, caller);
+  meet_in_warp(
+      "wgmma.fence",
+      [](void* const*, unsigned, const Caller&) {
+        current_thread->block->warps[current_thread->warp].wgmma_fenced = true;
+      },
+      nullptr, kWholeWarp, false, caller);
 }
 
 void wgmma_commit() {
   const Caller caller = EMULATOR_CALLER;
   if (site_disabled("wgmma.commit_group", caller)) return;
-  meet_in_warp("wgmma.commit_group", [](void* const*, unsigned, const Caller&) {
-    Warp& warp = current_thread->block->warps[current_thread->warp];
-    warp.wgmma_groups.push_back(std::move(warp.open_wgmmas));
-    warp.open_wgmmas.clear();
-  }, nullptr, kWholeWarp, false, caller);
+  meet_in_warp(
+      "wgmma.commit_group",
+      [](void* const*, unsigned, const Caller&) {
+        Warp& warp = current_thread->block->warps[current_thread->warp];
+        warp.wgmma_groups.push_back(std::move(warp.open_wgmmas));
+        warp.open_wgmmas.clear();
+      },
+      nullptr, kWholeWarp, false, caller);
 }
 
 void wgmma_wait(unsigned groups_left) {
@@ -251,8 +265,8 @@ void wgmma_wait(unsigned groups_left) {
   for (Thread* other : done.waiting) set_ready(*other);
 }
 
-void wgmma(MatrixType type, int columns, float* accumulators, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
-           bool a_mn_major, bool b_mn_major) {
+void wgmma(MatrixType type, int columns, float* accumulators, const uint32_t* a_registers, uint64_t a, uint64_t b,
+           bool accumulate, bool a_mn_major, bool b_mn_major) {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "wgmma", caller);
   check_warpgroup(caller);
@@ -262,15 +276,16 @@ void wgmma(MatrixType type, int columns, float* accumulators, const uint32_t* a_
 
 void check_unfinished_wgmmas(const Thread& thread) {
   const Warp& warp = thread.block->warps[thread.warp];
-  const Wgmma* first = !warp.open_wgmmas.empty()     ? &warp.open_wgmmas.front()
-                       : !warp.wgmma_groups.empty() && !warp.wgmma_groups.front().empty() ? &warp.wgmma_groups.front().front()
-                                                                                           : nullptr;
+  const Wgmma* first = !warp.open_wgmmas.empty() ? &warp.open_wgmmas.front()
+                       : !warp.wgmma_groups.empty() && !warp.wgmma_groups.front().empty()
+                           ? &warp.wgmma_groups.front().front()
+                           : nullptr;
   if (first) report("missing wgmma wait", "the thread exits while a wgmma is in flight", {first->address, nullptr});
 }
 
 // ---- setmaxnreg: the register file of a multiprocessor is shared by the block's warpgroups ----
 
-void set_max_registers(unsigned count, bool) {
+void set_max_registers(unsigned count) {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "setmaxnreg", caller);
   if (count < 24 || count > 256 || count % 8)
@@ -283,7 +298,9 @@ void check_register_budget(Block& block) {
   unsigned total = 0;
   for (const unsigned count : block.registers_asked) total += count * kWarpgroup;
   if (total > kRegisterFile)
-    report("wrong register count", format("setmaxnreg: the warpgroups ask for %u registers, a multiprocessor has %u", total, kRegisterFile), {});
+    report("wrong register count",
+           format("setmaxnreg: the warpgroups ask for %u registers, a multiprocessor has %u", total, kRegisterFile),
+           {});
 }
 
 }  // namespace emulator

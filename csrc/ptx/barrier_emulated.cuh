@@ -14,12 +14,12 @@ FASTGPT_PTX void cluster_wait() { emulator::cluster_wait(); }
 
 template <int kRegisters>
 FASTGPT_PTX void give_back_registers_down_to() {
-  emulator::set_max_registers(kRegisters, false);
+  emulator::set_max_registers(kRegisters);
 }
 
 template <int kRegisters>
 FASTGPT_PTX void take_registers_up_to() {
-  emulator::set_max_registers(kRegisters, true);
+  emulator::set_max_registers(kRegisters);
 }
 
 }  // namespace fastgpt

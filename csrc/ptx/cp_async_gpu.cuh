@@ -12,11 +12,13 @@ FASTGPT_PTX void cp_async(void* shared_to, const void* from, bool inside = true)
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
   const int bytes_read = inside ? kBytes : 0;
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared_to)), "l"(from), "n"(kBytes),
-                 "r"(bytes_read) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared_to)), "l"(from),
+                 "n"(kBytes), "r"(bytes_read)
+                 : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared_to)), "l"(from), "n"(kBytes),
-                 "r"(bytes_read) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared_to)), "l"(from),
+                 "n"(kBytes), "r"(bytes_read)
+                 : "memory");
 }
 
 FASTGPT_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -20,7 +20,8 @@ FASTGPT_PTX void stmatrix(void* row, const uint32_t (&in)[kCount]) {
 struct Bf16 {};
 struct F16 {};
 
-FASTGPT_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], Bf16) {
+FASTGPT_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                              Bf16) {
   emulator::mma(emulator::MatrixType::bf16, d, a, b, c);
 }
 

@@ -11,9 +11,15 @@ FASTGPT_PTX void mbarrier_init(uint64_t& barrier, int arrivals) { emulator::mbar
 FASTGPT_PTX void mbarrier_invalidate(uint64_t& barrier) { emulator::mbarrier_invalidate(&barrier); }
 FASTGPT_PTX void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 FASTGPT_PTX void mbarrier_arrive(uint64_t& barrier) { emulator::mbarrier_arrive(&barrier, 0); }
-FASTGPT_PTX void mbarrier_arrive_expect_bytes(uint64_t& barrier, uint32_t bytes) { emulator::mbarrier_arrive(&barrier, bytes); }
-FASTGPT_PTX void mbarrier_expect_bytes(uint64_t& barrier, uint32_t bytes) { emulator::mbarrier_expect(&barrier, bytes); }
-FASTGPT_PTX void mbarrier_arrive_at_rank(uint64_t& barrier, unsigned rank) { emulator::mbarrier_arrive_at_rank(&barrier, rank); }
+FASTGPT_PTX void mbarrier_arrive_expect_bytes(uint64_t& barrier, uint32_t bytes) {
+  emulator::mbarrier_arrive(&barrier, bytes);
+}
+FASTGPT_PTX void mbarrier_expect_bytes(uint64_t& barrier, uint32_t bytes) {
+  emulator::mbarrier_expect(&barrier, bytes);
+}
+FASTGPT_PTX void mbarrier_arrive_at_rank(uint64_t& barrier, unsigned rank) {
+  emulator::mbarrier_arrive_at_rank(&barrier, rank);
+}
 FASTGPT_PTX void mbarrier_wait(uint64_t& barrier, unsigned parity) { emulator::mbarrier_wait(&barrier, parity); }
 FASTGPT_PTX void fence_proxy_async() { emulator::fence_proxy_async(); }
 

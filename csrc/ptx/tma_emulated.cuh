@@ -23,7 +23,8 @@ FASTGPT_PTX void tma_load(void* shared_to, const TensorMap& map, uint64_t& barri
 }
 
 template <int kRank>
-FASTGPT_PTX void tma_load_multicast(void* shared_to, const TensorMap& map, uint64_t& barrier, const int (&at)[kRank], uint16_t blocks) {
+FASTGPT_PTX void tma_load_multicast(void* shared_to, const TensorMap& map, uint64_t& barrier, const int (&at)[kRank],
+                                    uint16_t blocks) {
   emulator::tma_load(shared_to, map, &barrier, at, kRank, blocks);
 }
 
@@ -40,7 +41,9 @@ FASTGPT_PTX void tma_reduce_add(const TensorMap& map, const void* shared_from, c
 FASTGPT_PTX void bulk_load(void* shared_to, const void* from, uint32_t bytes, uint64_t& barrier) {
   emulator::bulk_load(shared_to, from, bytes, &barrier);
 }
-FASTGPT_PTX void bulk_store(void* to, const void* shared_from, uint32_t bytes) { emulator::bulk_store(to, shared_from, bytes); }
+FASTGPT_PTX void bulk_store(void* to, const void* shared_from, uint32_t bytes) {
+  emulator::bulk_store(to, shared_from, bytes);
+}
 FASTGPT_PTX void bulk_reduce_add(float* to, const float* shared_from, uint32_t bytes) {
   emulator::bulk_reduce_add(TensorType::f32, to, shared_from, bytes);
 }

@@ -13,12 +13,13 @@ enum class Major { k, mn };
 // 9.7.14.5.1): with a swizzle and k-major, stride is from one group of 8 rows to the next, and leading is not used.
 FASTGPT_PTX uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride, unsigned swizzle) {
   const uint64_t kind = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
-  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kind << 62;
+  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         kind << 62;
 }
 
 // Before the first wgmma, and after registers that one reads or adds to were touched.
-FASTGPT_PTX void wgmma_fence() { FASTGPT_SM90(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
-FASTGPT_PTX void wgmma_commit() { FASTGPT_SM90(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+FASTGPT_PTX void wgmma_fence() { FASTGPT_SM90(asm volatile("wgmma.fence.sync.aligned;" :: : "memory")); }
+FASTGPT_PTX void wgmma_commit() { FASTGPT_SM90(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory")); }
 
 // Until at most kGroupsLeft groups are in flight. Registers of those that are may not be touched.
 template <int kGroupsLeft>
@@ -91,32 +92,33 @@ FASTGPT_PTX void wgmma_wait() {
 #define FASTGPT_OPERANDS_120 FASTGPT_OPERANDS_116, "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119])
 #define FASTGPT_OPERANDS_124 FASTGPT_OPERANDS_120, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123])
 #define FASTGPT_OPERANDS_128 FASTGPT_OPERANDS_124, "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+
 // Columns, and the numbers of the operands after the accumulators: the first is how many of these there are.
-#define FASTGPT_WGMMA_SHAPES \
-  FASTGPT_WGMMA_CASE(8, 4, 5, 6, 7, 8, 9, 10) \
-  FASTGPT_WGMMA_CASE(16, 8, 9, 10, 11, 12, 13, 14) \
-  FASTGPT_WGMMA_CASE(24, 12, 13, 14, 15, 16, 17, 18) \
-  FASTGPT_WGMMA_CASE(32, 16, 17, 18, 19, 20, 21, 22) \
-  FASTGPT_WGMMA_CASE(40, 20, 21, 22, 23, 24, 25, 26) \
-  FASTGPT_WGMMA_CASE(48, 24, 25, 26, 27, 28, 29, 30) \
-  FASTGPT_WGMMA_CASE(56, 28, 29, 30, 31, 32, 33, 34) \
-  FASTGPT_WGMMA_CASE(64, 32, 33, 34, 35, 36, 37, 38) \
-  FASTGPT_WGMMA_CASE(72, 36, 37, 38, 39, 40, 41, 42) \
-  FASTGPT_WGMMA_CASE(80, 40, 41, 42, 43, 44, 45, 46) \
-  FASTGPT_WGMMA_CASE(88, 44, 45, 46, 47, 48, 49, 50) \
-  FASTGPT_WGMMA_CASE(96, 48, 49, 50, 51, 52, 53, 54) \
-  FASTGPT_WGMMA_CASE(104, 52, 53, 54, 55, 56, 57, 58) \
-  FASTGPT_WGMMA_CASE(112, 56, 57, 58, 59, 60, 61, 62) \
-  FASTGPT_WGMMA_CASE(120, 60, 61, 62, 63, 64, 65, 66) \
-  FASTGPT_WGMMA_CASE(128, 64, 65, 66, 67, 68, 69, 70) \
-  FASTGPT_WGMMA_CASE(136, 68, 69, 70, 71, 72, 73, 74) \
-  FASTGPT_WGMMA_CASE(144, 72, 73, 74, 75, 76, 77, 78) \
-  FASTGPT_WGMMA_CASE(152, 76, 77, 78, 79, 80, 81, 82) \
-  FASTGPT_WGMMA_CASE(160, 80, 81, 82, 83, 84, 85, 86) \
-  FASTGPT_WGMMA_CASE(168, 84, 85, 86, 87, 88, 89, 90) \
-  FASTGPT_WGMMA_CASE(176, 88, 89, 90, 91, 92, 93, 94) \
-  FASTGPT_WGMMA_CASE(184, 92, 93, 94, 95, 96, 97, 98) \
-  FASTGPT_WGMMA_CASE(192, 96, 97, 98, 99, 100, 101, 102) \
+#define FASTGPT_WGMMA_SHAPES                                 \
+  FASTGPT_WGMMA_CASE(8, 4, 5, 6, 7, 8, 9, 10)                \
+  FASTGPT_WGMMA_CASE(16, 8, 9, 10, 11, 12, 13, 14)           \
+  FASTGPT_WGMMA_CASE(24, 12, 13, 14, 15, 16, 17, 18)         \
+  FASTGPT_WGMMA_CASE(32, 16, 17, 18, 19, 20, 21, 22)         \
+  FASTGPT_WGMMA_CASE(40, 20, 21, 22, 23, 24, 25, 26)         \
+  FASTGPT_WGMMA_CASE(48, 24, 25, 26, 27, 28, 29, 30)         \
+  FASTGPT_WGMMA_CASE(56, 28, 29, 30, 31, 32, 33, 34)         \
+  FASTGPT_WGMMA_CASE(64, 32, 33, 34, 35, 36, 37, 38)         \
+  FASTGPT_WGMMA_CASE(72, 36, 37, 38, 39, 40, 41, 42)         \
+  FASTGPT_WGMMA_CASE(80, 40, 41, 42, 43, 44, 45, 46)         \
+  FASTGPT_WGMMA_CASE(88, 44, 45, 46, 47, 48, 49, 50)         \
+  FASTGPT_WGMMA_CASE(96, 48, 49, 50, 51, 52, 53, 54)         \
+  FASTGPT_WGMMA_CASE(104, 52, 53, 54, 55, 56, 57, 58)        \
+  FASTGPT_WGMMA_CASE(112, 56, 57, 58, 59, 60, 61, 62)        \
+  FASTGPT_WGMMA_CASE(120, 60, 61, 62, 63, 64, 65, 66)        \
+  FASTGPT_WGMMA_CASE(128, 64, 65, 66, 67, 68, 69, 70)        \
+  FASTGPT_WGMMA_CASE(136, 68, 69, 70, 71, 72, 73, 74)        \
+  FASTGPT_WGMMA_CASE(144, 72, 73, 74, 75, 76, 77, 78)        \
+  FASTGPT_WGMMA_CASE(152, 76, 77, 78, 79, 80, 81, 82)        \
+  FASTGPT_WGMMA_CASE(160, 80, 81, 82, 83, 84, 85, 86)        \
+  FASTGPT_WGMMA_CASE(168, 84, 85, 86, 87, 88, 89, 90)        \
+  FASTGPT_WGMMA_CASE(176, 88, 89, 90, 91, 92, 93, 94)        \
+  FASTGPT_WGMMA_CASE(184, 92, 93, 94, 95, 96, 97, 98)        \
+  FASTGPT_WGMMA_CASE(192, 96, 97, 98, 99, 100, 101, 102)     \
   FASTGPT_WGMMA_CASE(200, 100, 101, 102, 103, 104, 105, 106) \
   FASTGPT_WGMMA_CASE(208, 104, 105, 106, 107, 108, 109, 110) \
   FASTGPT_WGMMA_CASE(216, 108, 109, 110, 111, 112, 113, 114) \
@@ -126,44 +128,37 @@ FASTGPT_PTX void wgmma_wait() {
   FASTGPT_WGMMA_CASE(248, 124, 125, 126, 127, 128, 129, 130) \
   FASTGPT_WGMMA_CASE(256, 128, 129, 130, 131, 132, 133, 134)
 
-#define FASTGPT_WGMMA_SHARED(n, p0, p1, p2, p3, p4, type)                                                               \
-  FASTGPT_SM90(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\n"                                          \
-                            "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                            \
-                            " {" FASTGPT_REGISTERS_##p0 "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 ";\n}"         \
-                            : FASTGPT_OPERANDS_##p0                                                                    \
-                            : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA == Major::mn)), "n"(int(kB == Major::mn))))
-#define FASTGPT_WGMMA_REGISTERS(n, p0, p1, p2, p3, p4, p5, p6, type)                                                    \
+#define FASTGPT_WGMMA_SHARED(n, p0, p1, p2, p3, p4, type)                                                 \
+  FASTGPT_SM90(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\n"                             \
+                            "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type               \
+                            " {" FASTGPT_REGISTERS_##p0 "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 \
+                                                        ";\n}" : FASTGPT_OPERANDS_##p0 : "l"(a),          \
+                            "l"(b), "r"(int(accumulate)), "n"(int(kA == Major::mn)), "n"(int(kB == Major::mn))))
+#define FASTGPT_WGMMA_REGISTERS(n, p0, p1, p2, p3, p4, p5, p6, type)                                                   \
   FASTGPT_SM90(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\n"                                          \
                             "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                            \
-                            " {" FASTGPT_REGISTERS_##p0 "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4            \
-                            ", p, 1, 1, %" #p6 ";\n}"                                                                  \
-                            : FASTGPT_OPERANDS_##p0                                                                    \
-                            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),                \
-                              "n"(int(kB == Major::mn))))
+                            " {" FASTGPT_REGISTERS_##p0 "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4           \
+                                                        ", p, 1, 1, %" #p6 ";\n}" : FASTGPT_OPERANDS_##p0 : "r"(a[0]), \
+                            "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB == Major::mn))))
 
 // d[64, 2 kCount] (+)= A[64,16] B[16, 2 kCount] by a warpgroup, with A and B in shared memory; sums in fp32.
 #define FASTGPT_WGMMA_CASE(n, p0, p1, p2, p3, p4, p5, p6) \
   if constexpr (kCount == p0) FASTGPT_WGMMA_SHARED(n, p0, p1, p2, p3, p4, "bf16");
 template <Major kA = Major::k, Major kB = Major::k, int kCount>
-FASTGPT_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate, Bf16) {
-  FASTGPT_WGMMA_SHAPES
-}
+FASTGPT_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate, Bf16){FASTGPT_WGMMA_SHAPES}
 #undef FASTGPT_WGMMA_CASE
 #define FASTGPT_WGMMA_CASE(n, p0, p1, p2, p3, p4, p5, p6) \
   if constexpr (kCount == p0) FASTGPT_WGMMA_SHARED(n, p0, p1, p2, p3, p4, "f16");
 template <Major kA = Major::k, Major kB = Major::k, int kCount>
-FASTGPT_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate, F16) {
-  FASTGPT_WGMMA_SHAPES
-}
+FASTGPT_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate, F16){FASTGPT_WGMMA_SHAPES}
 #undef FASTGPT_WGMMA_CASE
 
 // The same with A in registers: 4 a thread, laid out as mma_m16n8k16's, 16 rows for each warp.
 #define FASTGPT_WGMMA_CASE(n, p0, p1, p2, p3, p4, p5, p6) \
   if constexpr (kCount == p0) FASTGPT_WGMMA_REGISTERS(n, p0, p1, p2, p3, p4, p5, p6, "bf16");
 template <Major kB = Major::k, int kCount>
-FASTGPT_PTX void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate, Bf16) {
-  FASTGPT_WGMMA_SHAPES
-}
+FASTGPT_PTX
+    void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate, Bf16){FASTGPT_WGMMA_SHAPES}
 #undef FASTGPT_WGMMA_CASE
 #define FASTGPT_WGMMA_CASE(n, p0, p1, p2, p3, p4, p5, p6) \
   if constexpr (kCount == p0) FASTGPT_WGMMA_REGISTERS(n, p0, p1, p2, p3, p4, p5, p6, "f16");

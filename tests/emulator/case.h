@@ -37,13 +37,13 @@ inline std::map<std::string, Model>& models() {
   return all;
 }
 
-#define TWINS(name, kind)                                                       \
-  static void run_##name(bool faulty);                                          \
+#define TWINS(name, kind)                                                              \
+  static void run_##name(bool faulty);                                                 \
   static const bool known_##name = twins().insert({#name, {kind, run_##name}}).second; \
   static void run_##name(bool faulty)
 
-#define MODEL(name)                                                     \
-  static std::string model_##name();                                    \
+#define MODEL(name)                                                               \
+  static std::string model_##name();                                              \
   static const bool known_##name = models().insert({#name, model_##name}).second; \
   static std::string model_##name()
 
@@ -58,9 +58,13 @@ struct Tensors {  // names their memory to the emulator while they live
     return values.data();
   }
   template <class T>
-  T* in(std::vector<T>& values, const char* name) { return add(values, name, emulator::TensorAccess::input); }
+  T* in(std::vector<T>& values, const char* name) {
+    return add(values, name, emulator::TensorAccess::input);
+  }
   template <class T>
-  T* out(std::vector<T>& values, const char* name) { return add(values, name, emulator::TensorAccess::output); }
+  T* out(std::vector<T>& values, const char* name) {
+    return add(values, name, emulator::TensorAccess::output);
+  }
 };
 
 // What most twins need: an input x of ones and an output y.

@@ -12,14 +12,16 @@ template <class A, class B>
 std::string differs(const std::vector<A>& got, const std::vector<B>& want, const char* what) {
   for (size_t i = 0; i < want.size(); ++i) {
     const double a = float(got[i]), b = float(want[i]);
-    if (!(a == b)) return std::string(what) + " " + std::to_string(i) + ": " + std::to_string(a) + ", expected " + std::to_string(b);
+    if (!(a == b))
+      return std::string(what) + " " + std::to_string(i) + ": " + std::to_string(a) + ", expected " + std::to_string(b);
   }
   return "";
 }
 
 // C[m,n] = A[m,k] B[k,n], where the strides say how A and B lie.
 template <class T>
-std::vector<float> product(const std::vector<T>& a, const std::vector<T>& b, int m, int n, int k, int a_row, int a_k, int b_k, int b_column) {
+std::vector<float> product(const std::vector<T>& a, const std::vector<T>& b, int m, int n, int k, int a_row, int a_k,
+                           int b_k, int b_column) {
   std::vector<float> c(m * n, 0.0f);
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j)
@@ -66,7 +68,8 @@ MODEL(mma_f16) { return check_mma<__half, F16>(); }
 __global__ void multiply_tf32(const float* a, const float* b, float* c) {
   const int group = threadIdx.x / 4, member = threadIdx.x % 4;
   uint32_t a_fragment[4], b_fragment[2];
-  for (int i = 0; i < 4; ++i) a_fragment[i] = __float_as_uint(a[(group + i % 2 * 8) * 8 + member + i / 2 * 4]) | 1;  // ignored
+  for (int i = 0; i < 4; ++i)
+    a_fragment[i] = __float_as_uint(a[(group + i % 2 * 8) * 8 + member + i / 2 * 4]) | 1;  // ignored
   for (int i = 0; i < 2; ++i) b_fragment[i] = __float_as_uint(b[(member + i * 4) * 8 + group]);
   float d[4] = {};
   mma_m16n8k8_tf32(d, a_fragment, b_fragment, d);
@@ -112,7 +115,8 @@ struct BoxShared {
 };
 
 template <int kRank>
-__global__ void copy_box(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, float* seen, int shift, bool add) {
+__global__ void copy_box(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, float* seen,
+                         int shift, bool add) {
   BoxShared& shared = dynamic_shared<BoxShared>();
   int at[kRank];
   for (int i = 0; i < kRank; ++i) at[i] = shift;
@@ -122,8 +126,10 @@ __global__ void copy_box(const __grid_constant__ TensorMap from, const __grid_co
   tma_load(shared.tile, from, shared.full, at);
   mbarrier_wait(shared.full, 0);
   for (unsigned i = 0; i < bytes / 4; ++i) seen[i] = shared.tile[i];
-  if (add) tma_reduce_add(to, shared.tile, at);
-  else tma_store(to, shared.tile, at);
+  if (add)
+    tma_reduce_add(to, shared.tile, at);
+  else
+    tma_store(to, shared.tile, at);
   bulk_commit();
   bulk_wait<0>();
 }
@@ -138,7 +144,8 @@ std::string check_box(int shift, bool add) {
     count *= 3;
     box_count *= 2;
   }
-  std::vector<float> from = random_values<float>(count, kRank), to = random_values<float>(count, 9), seen(box_count), want_seen, want = to;
+  std::vector<float> from = random_values<float>(count, kRank), to = random_values<float>(count, 9), seen(box_count),
+                     want_seen, want = to;
   for (int i = 0; i < box_count; ++i) {
     bool inside = true;
     int offset = 0, rest = i;
@@ -154,9 +161,10 @@ std::string check_box(int shift, bool add) {
   }
   Tensors tensors;
   const TensorMap from_map = make_tensor_map(tensors.in(from, "from"), kTensorF32, kRank, sizes, strides, box, 0);
-  const TensorMap to_map =
-      make_tensor_map(tensors.add(to, "to", emulator::TensorAccess::in_place), kTensorF32, kRank, sizes, strides, box, 0);
-  launch(copy_box<kRank>, {dim3(1), dim3(1), sizeof(BoxShared)}, from_map, to_map, tensors.out(seen, "seen"), shift, add);
+  const TensorMap to_map = make_tensor_map(tensors.add(to, "to", emulator::TensorAccess::in_place), kTensorF32, kRank,
+                                           sizes, strides, box, 0);
+  launch(copy_box<kRank>, {dim3(1), dim3(1), sizeof(BoxShared)}, from_map, to_map, tensors.out(seen, "seen"), shift,
+         add);
   const std::string wrong = differs(seen, want_seen, "loaded element");
   return wrong.empty() ? differs(to, want, "stored element") : wrong;
 }
@@ -164,7 +172,8 @@ template <int kRank>
 std::string check_boxes() {
   for (const int shift : {0, 1, 2, -1})
     for (const bool add : {false, true})
-      if (std::string wrong = check_box<kRank>(shift, add); !wrong.empty()) return wrong + " at shift " + std::to_string(shift);
+      if (std::string wrong = check_box<kRank>(shift, add); !wrong.empty())
+        return wrong + " at shift " + std::to_string(shift);
   return "";
 }
 MODEL(tma_1d) { return check_boxes<1>(); }
@@ -250,24 +259,29 @@ __device__ __forceinline__ void load_operands(Operands& shared, const TensorMap&
 
 // D[64,64] = op(A) op(B): 64x64 tiles of 128-byte rows, 128-byte swizzle, read along k or along mn.
 template <Major kA, Major kB, bool kFromRegisters>
-__global__ void multiply_64x64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const bf16* a_global, float* d_global) {
+__global__ void multiply_64x64(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                               const bf16* a_global, float* d_global) {
   Operands& shared = dynamic_shared<Operands>();
   load_operands(shared, a, b);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16 + lane / 4, column = lane % 4 * 2;
   const auto operand = [](const bf16* tile, Major major, int step) {
-    return major == Major::k ? matrix_descriptor(tile + step * 16, 0, 1024, 128) : matrix_descriptor(tile + step * 16 * 64, 1024, 1024, 128);
+    return major == Major::k ? matrix_descriptor(tile + step * 16, 0, 1024, 128)
+                             : matrix_descriptor(tile + step * 16 * 64, 1024, 1024, 128);
   };
   uint32_t fragments[4][4];
   if (kFromRegisters)
     for (int step = 0; step < 4; ++step)
       for (int i = 0; i < 4; ++i)
-        fragments[step][i] = *reinterpret_cast<const uint32_t*>(&a_global[(row + i % 2 * 8) * 64 + step * 16 + column + i / 2 * 8]);
+        fragments[step][i] =
+            *reinterpret_cast<const uint32_t*>(&a_global[(row + i % 2 * 8) * 64 + step * 16 + column + i / 2 * 8]);
   float d[32];
   wgmma_fence();
   for (int step = 0; step < 4; ++step) {
     const uint64_t b_tile = operand(shared.b, kB, step);
-    if constexpr (kFromRegisters) wgmma<kB>(d, fragments[step], b_tile, step > 0, Bf16());
-    else wgmma<kA, kB>(d, operand(shared.a, kA, step), b_tile, step > 0, Bf16());
+    if constexpr (kFromRegisters)
+      wgmma<kB>(d, fragments[step], b_tile, step > 0, Bf16());
+    else
+      wgmma<kA, kB>(d, operand(shared.a, kA, step), b_tile, step > 0, Bf16());
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -284,7 +298,8 @@ std::string check_wgmma() {
   const bf16* a_in = tensors.in(a, "a");
   const TensorMap a_map = make_tensor_map(a_in, kTensorBf16, 2, sizes, strides, box, 128);
   const TensorMap b_map = make_tensor_map(tensors.in(b, "b"), kTensorBf16, 2, sizes, strides, box, 128);
-  launch(multiply_64x64<kA, kB, kFromRegisters>, {dim3(1), dim3(128), sizeof(Operands)}, a_map, b_map, a_in, tensors.out(d, "d"));
+  launch(multiply_64x64<kA, kB, kFromRegisters>, {dim3(1), dim3(128), sizeof(Operands)}, a_map, b_map, a_in,
+         tensors.out(d, "d"));
   const bool a_k = kA == Major::k, b_k = kB == Major::k;
   return differs(d, product(a, b, 64, 64, 64, a_k ? 64 : 1, a_k ? 1 : 64, b_k ? 1 : 64, b_k ? 64 : 1), "element");
 }
@@ -316,7 +331,8 @@ struct RingPosition {
   }
 };
 
-__global__ __launch_bounds__(kThreads, 1) void kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+__global__ __launch_bounds__(kThreads, 1) void kernel(const __grid_constant__ TensorMap a,
+                                                      const __grid_constant__ TensorMap b,
                                                       const __grid_constant__ TensorMap c, int k) {
   SharedMemory& shared = dynamic_shared<SharedMemory>();
   const int group = threadIdx.x / 128, steps = k / kTileK;
@@ -358,7 +374,8 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(const __grid_constant__ Te
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     for (int i = 0; i < 32; i += 2) {  // where the store's swizzle expects it
       const int r = group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2;
-      *reinterpret_cast<__nv_bfloat162*>(&shared.c[r * kTileN + (n / 8 ^ r % 8) * 8 + n % 8]) = __floats2bfloat162_rn(d[i], d[i + 1]);
+      *reinterpret_cast<__nv_bfloat162*>(&shared.c[r * kTileN + (n / 8 ^ r % 8) * 8 + n % 8]) =
+          __floats2bfloat162_rn(d[i], d[i + 1]);
     }
     fence_proxy_async();
   }
@@ -385,8 +402,8 @@ MODEL(hopper_matmul) {
     const uint32_t box[2] = {64, box_rows};
     return make_tensor_map(base, kTensorBf16, 2, sizes, strides, box, 128);
   };
-  launch(matmul::kernel, {dim3(2, 2), dim3(matmul::kThreads), sizeof(matmul::SharedMemory)}, map(tensors.in(a, "a"), m, k, 128),
-         map(tensors.in(b, "b"), n, k, 64), map(tensors.out(c, "c"), m, n, 128), k);
+  launch(matmul::kernel, {dim3(2, 2), dim3(matmul::kThreads), sizeof(matmul::SharedMemory)},
+         map(tensors.in(a, "a"), m, k, 128), map(tensors.in(b, "b"), n, k, 64), map(tensors.out(c, "c"), m, n, 128), k);
   return differs(c, want, "element");
 }
 
@@ -450,7 +467,8 @@ MODEL(cluster) {
 
 // ---- what is counted ----
 
-// A column of a row-major matrix: 32 sectors where 4 would do. A column of shared memory: 32 conflicts where none need be.
+// A column of a row-major matrix: 32 sectors where 4 would do. A column of shared memory: 32 conflicts where none need
+// be.
 __global__ void columns(const float* x, float* y) {
   struct Shared {
     float tile[32][32];

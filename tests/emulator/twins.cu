@@ -20,7 +20,10 @@ __global__ void shared_race(float* y) {
   if (!kFaulty) __syncthreads();
   y[i] = shared.first[63 - i];  // HERE shared_race
 }
-TWINS(shared_race, "data race") { Data data; LAUNCH(shared_race, kTwoWarps, data.y); }
+TWINS(shared_race, "data race") {
+  Data data;
+  LAUNCH(shared_race, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void overwritten_too_early(float* y) {
@@ -32,7 +35,10 @@ __global__ void overwritten_too_early(float* y) {
   if (!kFaulty) __syncthreads();
   shared.first[i] = 0;  // HERE overwritten_too_early
 }
-TWINS(overwritten_too_early, "data race") { Data data; LAUNCH(overwritten_too_early, kTwoWarps, data.y); }
+TWINS(overwritten_too_early, "data race") {
+  Data data;
+  LAUNCH(overwritten_too_early, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void static_race(float* y) {
@@ -42,7 +48,10 @@ __global__ void static_race(float* y) {
   if (!kFaulty) __syncthreads();
   y[i] = values[63 - i];  // HERE static_race
 }
-TWINS(static_race, "data race") { Data data; LAUNCH(static_race, kTwoWarps, data.y); }
+TWINS(static_race, "data race") {
+  Data data;
+  LAUNCH(static_race, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void global_race(float* y) {
@@ -51,7 +60,10 @@ __global__ void global_race(float* y) {
   if (!kFaulty) __syncthreads();
   y[64 + i] = y[63 - i];  // HERE global_race
 }
-TWINS(global_race, "data race") { Data data; LAUNCH(global_race, kTwoWarps, data.y); }
+TWINS(global_race, "data race") {
+  Data data;
+  LAUNCH(global_race, kTwoWarps, data.y);
+}
 
 // A shuffle moves values but orders no memory.
 template <bool kFaulty>
@@ -62,19 +74,27 @@ __global__ void warp_race(float* y) {
   if (!kFaulty) __syncwarp();
   y[i] = shared.first[i ^ 1];  // HERE warp_race
 }
-TWINS(warp_race, "data race") { Data data; LAUNCH(warp_race, kWarp, data.y); }
+TWINS(warp_race, "data race") {
+  Data data;
+  LAUNCH(warp_race, kWarp, data.y);
+}
 
 template <bool kFaulty>
 __global__ void same_element_of_two_blocks(float* y) {
   y[(kFaulty ? 0 : blockIdx.x * 32) + threadIdx.x] = 1;  // HERE same_element_of_two_blocks
 }
-TWINS(same_element_of_two_blocks, "data race") { Data data; LAUNCH(same_element_of_two_blocks, kTwoBlocks, data.y); }
+TWINS(same_element_of_two_blocks, "data race") {
+  Data data;
+  LAUNCH(same_element_of_two_blocks, kTwoBlocks, data.y);
+}
 
 template <bool kFaulty>
 __global__ void atomic_and_plain(float* y) {
   if (blockIdx.x == 0) {
-    if (kFaulty) y[0] = 1;
-    else atomicExch(&y[0], 1.0f);
+    if (kFaulty)
+      y[0] = 1;
+    else
+      atomicExch(&y[0], 1.0f);
   } else {
     atomicExch(&y[0], 2.0f);  // HERE atomic_and_plain
   }
@@ -96,7 +116,10 @@ __global__ void inlined_helper(float* y) {
   if (!kFaulty) __syncthreads();
   y[threadIdx.x] = outer(shared.first, threadIdx.x);
 }
-TWINS(inlined_helper, "data race") { Data data; LAUNCH(inlined_helper, kTwoWarps, data.y); }
+TWINS(inlined_helper, "data race") {
+  Data data;
+  LAUNCH(inlined_helper, kTwoWarps, data.y);
+}
 
 // ---- bounds and alignment ----
 
@@ -105,27 +128,39 @@ __global__ void past_the_end(const float* x, float* y) {
   const int i = threadIdx.x + (kFaulty ? 1 : 0);
   y[threadIdx.x] = x[4096 - 32 + i];  // HERE past_the_end
 }
-TWINS(past_the_end, "out of bounds") { Data data; LAUNCH(past_the_end, kWarp, data.x, data.y); }
+TWINS(past_the_end, "out of bounds") {
+  Data data;
+  LAUNCH(past_the_end, kWarp, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void before_the_begin(const float* x, float* y) {
   y[threadIdx.x] = x[int(threadIdx.x) - (kFaulty ? 1 : 0)];  // HERE before_the_begin
 }
-TWINS(before_the_begin, "out of bounds") { Data data; LAUNCH(before_the_begin, kWarp, data.x, data.y); }
+TWINS(before_the_begin, "out of bounds") {
+  Data data;
+  LAUNCH(before_the_begin, kWarp, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void shared_pointer(float* y) {
   float* values = dynamic_shared<Floats>().second;
   values[threadIdx.x + (kFaulty ? 33 : 0)] = 1;  // HERE shared_pointer
 }
-TWINS(shared_pointer, "out of bounds") { Data data; LAUNCH(shared_pointer, kWarp, data.y); }
+TWINS(shared_pointer, "out of bounds") {
+  Data data;
+  LAUNCH(shared_pointer, kWarp, data.y);
+}
 
 template <bool kFaulty>
 __global__ void array_index(float* y) {
   Floats& shared = dynamic_shared<Floats>();
   shared.first[threadIdx.x + (kFaulty ? 33 : 0)] = 1;  // HERE array_index
 }
-TWINS(array_index, "out of bounds") { Data data; LAUNCH(array_index, kWarp, data.y); }
+TWINS(array_index, "out of bounds") {
+  Data data;
+  LAUNCH(array_index, kWarp, data.y);
+}
 
 __global__ void uses_shared(float* y) {
   dynamic_shared<Floats>().first[0] = 1;  // HERE too_little_shared_memory
@@ -144,14 +179,20 @@ __global__ void long_copy(const float* x, float* y) {
   memcpy(&copy, x + 4096 - 12 + (kFaulty ? 1 : 0), sizeof(copy));  // HERE long_copy
   y[threadIdx.x] = copy.values[threadIdx.x % 12];
 }
-TWINS(long_copy, "out of bounds") { Data data; LAUNCH(long_copy, kWarp, data.x, data.y); }
+TWINS(long_copy, "out of bounds") {
+  Data data;
+  LAUNCH(long_copy, kWarp, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void misaligned_vector(const float* x, float* y) {
   const float4 v = *reinterpret_cast<const float4*>(x + (kFaulty ? 2 : 4));  // HERE misaligned_vector
   y[threadIdx.x] = v.x;
 }
-TWINS(misaligned_vector, "misaligned address") { Data data; LAUNCH(misaligned_vector, kWarp, data.x, data.y); }
+TWINS(misaligned_vector, "misaligned address") {
+  Data data;
+  LAUNCH(misaligned_vector, kWarp, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void misaligned_copy(const float* x, float* y) {
@@ -160,14 +201,20 @@ __global__ void misaligned_copy(const float* x, float* y) {
   cp_async_commit();
   cp_async_wait<0>();
 }
-TWINS(misaligned_copy, "misaligned address") { Data data; LAUNCH(misaligned_copy, (LaunchShape{dim3(1), dim3(1), sizeof(Floats)}), data.x, data.y); }
+TWINS(misaligned_copy, "misaligned address") {
+  Data data;
+  LAUNCH(misaligned_copy, (LaunchShape{dim3(1), dim3(1), sizeof(Floats)}), data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void input_written(const float* x, float* y) {
   float* to = kFaulty ? const_cast<float*>(x) : y;
   to[threadIdx.x] = 1;  // HERE input_written
 }
-TWINS(input_written, "write to an input") { Data data; LAUNCH(input_written, kWarp, data.x, data.y); }
+TWINS(input_written, "write to an input") {
+  Data data;
+  LAUNCH(input_written, kWarp, data.x, data.y);
+}
 
 // ---- memory that nobody wrote ----
 
@@ -178,7 +225,10 @@ __global__ void shared_uninitialised(float* y) {
   __syncthreads();
   y[threadIdx.x] = shared.first[threadIdx.x];  // HERE shared_uninitialised
 }
-TWINS(shared_uninitialised, "uninitialised read") { Data data; LAUNCH(shared_uninitialised, kWarp, data.y); }
+TWINS(shared_uninitialised, "uninitialised read") {
+  Data data;
+  LAUNCH(shared_uninitialised, kWarp, data.y);
+}
 
 // Static shared memory keeps what the block before left, which must not look like this block's.
 template <bool kFaulty>
@@ -188,23 +238,34 @@ __global__ void static_uninitialised(float* y) {
   __syncthreads();
   y[blockIdx.x * 32 + threadIdx.x] = value;  // HERE static_uninitialised
 }
-TWINS(static_uninitialised, "uninitialised read") { Data data; LAUNCH(static_uninitialised, kTwoBlocks, data.y); }
+TWINS(static_uninitialised, "uninitialised read") {
+  Data data;
+  LAUNCH(static_uninitialised, kTwoBlocks, data.y);
+}
 
 template <bool kFaulty>
 __global__ void output_uninitialised(float* y) {
   if (!kFaulty) y[threadIdx.x] = 1;
   y[threadIdx.x] += 1;  // HERE output_uninitialised
 }
-TWINS(output_uninitialised, "uninitialised read") { Data data; LAUNCH(output_uninitialised, kWarp, data.y); }
+TWINS(output_uninitialised, "uninitialised read") {
+  Data data;
+  LAUNCH(output_uninitialised, kWarp, data.y);
+}
 
 // ---- barriers and warps ----
 
 template <bool kFaulty>
 __global__ void nobody_arrives(float* y) {
-  if (threadIdx.x < 32) barrier_sync(1, 64);  // HERE nobody_arrives
-  else if (!kFaulty) barrier_arrive(1, 64);
+  if (threadIdx.x < 32)
+    barrier_sync(1, 64);  // HERE nobody_arrives
+  else if (!kFaulty)
+    barrier_arrive(1, 64);
 }
-TWINS(nobody_arrives, "deadlock") { Data data; LAUNCH(nobody_arrives, kTwoWarps, data.y); }
+TWINS(nobody_arrives, "deadlock") {
+  Data data;
+  LAUNCH(nobody_arrives, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void barrier_in_a_branch(float* y) {
@@ -214,32 +275,50 @@ __global__ void barrier_in_a_branch(float* y) {
     __syncthreads();  // HERE barrier_in_a_branch
   }
 }
-TWINS(barrier_in_a_branch, "divergent barrier") { Data data; LAUNCH(barrier_in_a_branch, kTwoWarps, data.y); }
+TWINS(barrier_in_a_branch, "divergent barrier") {
+  Data data;
+  LAUNCH(barrier_in_a_branch, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void barrier_counts_differ(float* y) {
-  if (threadIdx.x < 32) barrier_arrive(1, 64);
-  else barrier_sync(1, kFaulty ? 32 : 64);  // HERE barrier_counts_differ
+  if (threadIdx.x < 32)
+    barrier_arrive(1, 64);
+  else
+    barrier_sync(1, kFaulty ? 32 : 64);  // HERE barrier_counts_differ
 }
-TWINS(barrier_counts_differ, "wrong barrier count") { Data data; LAUNCH(barrier_counts_differ, kTwoWarps, data.y); }
+TWINS(barrier_counts_differ, "wrong barrier count") {
+  Data data;
+  LAUNCH(barrier_counts_differ, kTwoWarps, data.y);
+}
 
 template <bool kFaulty>
 __global__ void lanes_missing(float* y) {
-  if (threadIdx.x < 16) y[threadIdx.x] = __shfl_xor_sync(kFaulty ? 0xffffffffu : 0xffffu, 1.0f, 1);  // HERE lanes_missing
+  if (threadIdx.x < 16)
+    y[threadIdx.x] = __shfl_xor_sync(kFaulty ? 0xffffffffu : 0xffffu, 1.0f, 1);  // HERE lanes_missing
 }
-TWINS(lanes_missing, "deadlock") { Data data; LAUNCH(lanes_missing, kWarp, data.y); }
+TWINS(lanes_missing, "deadlock") {
+  Data data;
+  LAUNCH(lanes_missing, kWarp, data.y);
+}
 
 template <bool kFaulty>
 __global__ void caller_not_in_mask(float* y) {
   y[threadIdx.x] = __shfl_xor_sync(kFaulty ? 0xffffu : 0xffffffffu, 1.0f, 1);  // HERE caller_not_in_mask
 }
-TWINS(caller_not_in_mask, "wrong mask") { Data data; LAUNCH(caller_not_in_mask, kWarp, data.y); }
+TWINS(caller_not_in_mask, "wrong mask") {
+  Data data;
+  LAUNCH(caller_not_in_mask, kWarp, data.y);
+}
 
 template <bool kFaulty>
 __global__ void source_not_in_mask(float* y) {
   if (threadIdx.x < 16) y[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, kFaulty ? 16 : 8);  // HERE source_not_in_mask
 }
-TWINS(source_not_in_mask, "wrong mask") { Data data; LAUNCH(source_not_in_mask, kWarp, data.y); }
+TWINS(source_not_in_mask, "wrong mask") {
+  Data data;
+  LAUNCH(source_not_in_mask, kWarp, data.y);
+}
 
 template <bool kFaulty>
 __global__ void divergent_warp(float* y) {
@@ -249,7 +328,10 @@ __global__ void divergent_warp(float* y) {
     y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);  // HERE divergent_warp
   }
 }
-TWINS(divergent_warp, "divergent warp") { Data data; LAUNCH(divergent_warp, kWarp, data.y); }
+TWINS(divergent_warp, "divergent warp") {
+  Data data;
+  LAUNCH(divergent_warp, kWarp, data.y);
+}
 
 // Blocks run one after another here, as they may on a GPU that is busy: who spins for another block may spin for ever.
 template <bool kFaulty>
@@ -277,7 +359,10 @@ __global__ void copy_not_waited_for(const float* x, float* y) {
   if (!kFaulty) cp_async_wait<0>();
   y[threadIdx.x] = shared.first[threadIdx.x * 4];  // HERE copy_not_waited_for
 }
-TWINS(copy_not_waited_for, "data race") { Data data; LAUNCH(copy_not_waited_for, (LaunchShape{dim3(1), dim3(16), sizeof(Floats)}), data.x, data.y); }
+TWINS(copy_not_waited_for, "data race") {
+  Data data;
+  LAUNCH(copy_not_waited_for, (LaunchShape{dim3(1), dim3(16), sizeof(Floats)}), data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void wrong_group_waited_for(const float* x, float* y) {
@@ -289,7 +374,10 @@ __global__ void wrong_group_waited_for(const float* x, float* y) {
   cp_async_wait<kFaulty ? 1 : 0>();
   y[0] = shared.second[0];  // HERE wrong_group_waited_for
 }
-TWINS(wrong_group_waited_for, "data race") { Data data; LAUNCH(wrong_group_waited_for, (LaunchShape{dim3(1), dim3(1), sizeof(Floats)}), data.x, data.y); }
+TWINS(wrong_group_waited_for, "data race") {
+  Data data;
+  LAUNCH(wrong_group_waited_for, (LaunchShape{dim3(1), dim3(1), sizeof(Floats)}), data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void copy_of_another_thread(const float* x, float* y) {
@@ -300,7 +388,10 @@ __global__ void copy_of_another_thread(const float* x, float* y) {
   if (!kFaulty) __syncthreads();
   y[threadIdx.x] = shared.first[60 - threadIdx.x * 4];  // HERE copy_of_another_thread
 }
-TWINS(copy_of_another_thread, "data race") { Data data; LAUNCH(copy_of_another_thread, (LaunchShape{dim3(1), dim3(16), sizeof(Floats)}), data.x, data.y); }
+TWINS(copy_of_another_thread, "data race") {
+  Data data;
+  LAUNCH(copy_of_another_thread, (LaunchShape{dim3(1), dim3(16), sizeof(Floats)}), data.x, data.y);
+}
 
 // ---- mbarrier and TMA ----
 
@@ -329,7 +420,10 @@ __global__ void load_not_waited_for(const float* x, float* y) {
   if (!kFaulty) mbarrier_wait(shared.full, 0);
   y[threadIdx.x] = shared.tile[threadIdx.x];  // HERE load_not_waited_for
 }
-TWINS(load_not_waited_for, "data race") { Data data; LAUNCH(load_not_waited_for, kBoxed, data.x, data.y); }
+TWINS(load_not_waited_for, "data race") {
+  Data data;
+  LAUNCH(load_not_waited_for, kBoxed, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void wrong_parity(const float* x, float* y) {
@@ -342,7 +436,10 @@ __global__ void wrong_parity(const float* x, float* y) {
   mbarrier_wait(shared.full, kFaulty ? 1 : 0);
   y[threadIdx.x] = shared.tile[threadIdx.x];  // HERE wrong_parity
 }
-TWINS(wrong_parity, "data race") { Data data; LAUNCH(wrong_parity, kBoxed, data.x, data.y); }
+TWINS(wrong_parity, "data race") {
+  Data data;
+  LAUNCH(wrong_parity, kBoxed, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void wrong_bytes(const float* x, float* y) {
@@ -354,7 +451,10 @@ __global__ void wrong_bytes(const float* x, float* y) {
   }
   mbarrier_wait(shared.full, 0);  // HERE wrong_bytes
 }
-TWINS(wrong_bytes, "deadlock") { Data data; LAUNCH(wrong_bytes, kBoxed, data.x, data.y); }
+TWINS(wrong_bytes, "deadlock") {
+  Data data;
+  LAUNCH(wrong_bytes, kBoxed, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void too_few_arrivals(float* y) {
@@ -363,7 +463,10 @@ __global__ void too_few_arrivals(float* y) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.full);
   mbarrier_wait(shared.full, 0);  // HERE too_few_arrivals
 }
-TWINS(too_few_arrivals, "deadlock") { Data data; LAUNCH(too_few_arrivals, kBoxed, data.y); }
+TWINS(too_few_arrivals, "deadlock") {
+  Data data;
+  LAUNCH(too_few_arrivals, kBoxed, data.y);
+}
 
 template <bool kFaulty>
 __global__ void bytes_of_no_copy(float* y) {
@@ -371,7 +474,10 @@ __global__ void bytes_of_no_copy(float* y) {
   initialise(shared, 1);
   if (threadIdx.x == 0) mbarrier_expect_bytes(shared.full, kFaulty ? (1 << 20) : 0);  // HERE bytes_of_no_copy
 }
-TWINS(bytes_of_no_copy, "wrong mbarrier bytes") { Data data; LAUNCH(bytes_of_no_copy, kBoxed, data.y); }
+TWINS(bytes_of_no_copy, "wrong mbarrier bytes") {
+  Data data;
+  LAUNCH(bytes_of_no_copy, kBoxed, data.y);
+}
 
 template <bool kFaulty>
 __global__ void too_many_arrivals(const float* x, float* y) {
@@ -384,7 +490,10 @@ __global__ void too_many_arrivals(const float* x, float* y) {
   }
   mbarrier_wait(shared.full, 0);
 }
-TWINS(too_many_arrivals, "wrong mbarrier count") { Data data; LAUNCH(too_many_arrivals, kBoxed, data.x, data.y); }
+TWINS(too_many_arrivals, "wrong mbarrier count") {
+  Data data;
+  LAUNCH(too_many_arrivals, kBoxed, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void mbarrier_uninitialised(float* y) {
@@ -392,7 +501,10 @@ __global__ void mbarrier_uninitialised(float* y) {
   initialise(shared, 64);
   mbarrier_arrive(kFaulty ? shared.empty : shared.full);  // HERE mbarrier_uninitialised
 }
-TWINS(mbarrier_uninitialised, "uninitialised mbarrier") { Data data; LAUNCH(mbarrier_uninitialised, kBoxed, data.y); }
+TWINS(mbarrier_uninitialised, "uninitialised mbarrier") {
+  Data data;
+  LAUNCH(mbarrier_uninitialised, kBoxed, data.y);
+}
 
 template <bool kFaulty>
 __global__ void mbarrier_not_published(float* y) {
@@ -401,7 +513,10 @@ __global__ void mbarrier_not_published(float* y) {
   if (!kFaulty) __syncthreads();
   mbarrier_arrive(shared.full);  // HERE mbarrier_not_published
 }
-TWINS(mbarrier_not_published, "data race") { Data data; LAUNCH(mbarrier_not_published, kBoxed, data.y); }
+TWINS(mbarrier_not_published, "data race") {
+  Data data;
+  LAUNCH(mbarrier_not_published, kBoxed, data.y);
+}
 
 // The producer overwrites the tile without waiting until it was read.
 template <bool kFaulty>
@@ -422,7 +537,10 @@ __global__ void tile_not_empty(const float* x, float* y) {
     }
   }
 }
-TWINS(tile_not_empty, "data race") { Data data; LAUNCH(tile_not_empty, kBoxed, data.x, data.y); }
+TWINS(tile_not_empty, "data race") {
+  Data data;
+  LAUNCH(tile_not_empty, kBoxed, data.x, data.y);
+}
 
 template <bool kFaulty>
 __global__ void store_without_proxy_fence(float* y) {
@@ -436,7 +554,10 @@ __global__ void store_without_proxy_fence(float* y) {
     bulk_wait<0>();
   }
 }
-TWINS(store_without_proxy_fence, "missing proxy fence") { Data data; LAUNCH(store_without_proxy_fence, kBoxed, data.y); }
+TWINS(store_without_proxy_fence, "missing proxy fence") {
+  Data data;
+  LAUNCH(store_without_proxy_fence, kBoxed, data.y);
+}
 
 template <bool kFaulty>
 __global__ void store_not_waited_for(float* y) {
@@ -450,7 +571,10 @@ __global__ void store_not_waited_for(float* y) {
     if (!kFaulty) bulk_wait_read<0>();
   }
 }
-TWINS(store_not_waited_for, "missing bulk wait") { Data data; LAUNCH(store_not_waited_for, kBoxed, data.y); }
+TWINS(store_not_waited_for, "missing bulk wait") {
+  Data data;
+  LAUNCH(store_not_waited_for, kBoxed, data.y);
+}
 
 template <bool kFaulty>
 __global__ void source_reused_too_early(float* y) {
@@ -465,7 +589,10 @@ __global__ void source_reused_too_early(float* y) {
     bulk_wait<0>();
   }
 }
-TWINS(source_reused_too_early, "data race") { Data data; LAUNCH(source_reused_too_early, kBoxed, data.y); }
+TWINS(source_reused_too_early, "data race") {
+  Data data;
+  LAUNCH(source_reused_too_early, kBoxed, data.y);
+}
 
 // wait_group.read proves only that the source was read, not that the result is there.
 template <bool kFaulty>
@@ -476,12 +603,17 @@ __global__ void result_not_there(float* y) {
     fence_proxy_async();
     bulk_store(y, shared.tile, sizeof(shared.tile));
     bulk_commit();
-    if (kFaulty) bulk_wait_read<0>();
-    else bulk_wait<0>();
+    if (kFaulty)
+      bulk_wait_read<0>();
+    else
+      bulk_wait<0>();
     y[256] = y[0];  // HERE result_not_there
   }
 }
-TWINS(result_not_there, "data race") { Data data; LAUNCH(result_not_there, kBoxed, data.y); }
+TWINS(result_not_there, "data race") {
+  Data data;
+  LAUNCH(result_not_there, kBoxed, data.y);
+}
 
 // ---- wgmma ----
 
@@ -509,7 +641,10 @@ __global__ void wgmma_without_fence(float* y) {
   wgmma_wait<0>();
   y[threadIdx.x] = d[0];
 }
-TWINS(wgmma_without_fence, "missing wgmma fence") { Data data; LAUNCH(wgmma_without_fence, kWarpgroup, data.y); }
+TWINS(wgmma_without_fence, "missing wgmma fence") {
+  Data data;
+  LAUNCH(wgmma_without_fence, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void result_read_in_flight(float* y) {
@@ -523,7 +658,10 @@ __global__ void result_read_in_flight(float* y) {
   y[threadIdx.x] = d[0];  // HERE result_read_in_flight
   wgmma_wait<0>();
 }
-TWINS(result_read_in_flight, "missing wgmma wait") { Data data; LAUNCH(result_read_in_flight, kWarpgroup, data.y); }
+TWINS(result_read_in_flight, "missing wgmma wait") {
+  Data data;
+  LAUNCH(result_read_in_flight, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void wgmma_not_committed(float* y) {
@@ -536,7 +674,10 @@ __global__ void wgmma_not_committed(float* y) {
   wgmma_wait<0>();
   y[threadIdx.x] = d[0];  // HERE wgmma_not_committed
 }
-TWINS(wgmma_not_committed, "missing wgmma wait") { Data data; LAUNCH(wgmma_not_committed, kWarpgroup, data.y); }
+TWINS(wgmma_not_committed, "missing wgmma wait") {
+  Data data;
+  LAUNCH(wgmma_not_committed, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void operand_overwritten(float* y) {
@@ -551,7 +692,10 @@ __global__ void operand_overwritten(float* y) {
   shared.b[threadIdx.x] = __float2bfloat16(2.0f);  // HERE operand_overwritten
   wgmma_wait<0>();
 }
-TWINS(operand_overwritten, "data race") { Data data; LAUNCH(operand_overwritten, kWarpgroup, data.y); }
+TWINS(operand_overwritten, "data race") {
+  Data data;
+  LAUNCH(operand_overwritten, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void operand_register_changed(float* y) {
@@ -567,7 +711,10 @@ __global__ void operand_register_changed(float* y) {
   wgmma_wait<0>();
   y[threadIdx.x] = d[0] + a[0];
 }
-TWINS(operand_register_changed, "missing wgmma wait") { Data data; LAUNCH(operand_register_changed, kWarpgroup, data.y); }
+TWINS(operand_register_changed, "missing wgmma wait") {
+  Data data;
+  LAUNCH(operand_register_changed, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void wgmma_without_proxy_fence(float* y) {
@@ -580,15 +727,23 @@ __global__ void wgmma_without_proxy_fence(float* y) {
   wgmma_wait<0>();
   y[threadIdx.x] = d[0];
 }
-TWINS(wgmma_without_proxy_fence, "missing proxy fence") { Data data; LAUNCH(wgmma_without_proxy_fence, kWarpgroup, data.y); }
+TWINS(wgmma_without_proxy_fence, "missing proxy fence") {
+  Data data;
+  LAUNCH(wgmma_without_proxy_fence, kWarpgroup, data.y);
+}
 
 template <bool kFaulty>
 __global__ void too_many_registers(float* y) {
-  if (threadIdx.x < 128) give_back_registers_down_to<24>();
-  else take_registers_up_to<kFaulty ? 256 : 240>();
+  if (threadIdx.x < 128)
+    give_back_registers_down_to<24>();
+  else
+    take_registers_up_to<kFaulty ? 256 : 240>();
   y[threadIdx.x] = 1;
 }
-TWINS(too_many_registers, "wrong register count") { Data data; LAUNCH(too_many_registers, (LaunchShape{dim3(1), dim3(384)}), data.y); }
+TWINS(too_many_registers, "wrong register count") {
+  Data data;
+  LAUNCH(too_many_registers, (LaunchShape{dim3(1), dim3(384)}), data.y);
+}
 
 // ---- clusters ----
 
@@ -605,7 +760,10 @@ __global__ void neighbour_not_started(float* y) {
   cluster_arrive();
   cluster_wait();
 }
-TWINS(neighbour_not_started, "missing cluster barrier") { Data data; LAUNCH(neighbour_not_started, kCluster, data.y); }
+TWINS(neighbour_not_started, "missing cluster barrier") {
+  Data data;
+  LAUNCH(neighbour_not_started, kCluster, data.y);
+}
 
 template <bool kFaulty>
 __global__ void neighbour_race(float* y) {
@@ -617,11 +775,15 @@ __global__ void neighbour_race(float* y) {
     cluster_arrive();
     cluster_wait();
   }
-  y[blockIdx.x * 32 + threadIdx.x] = map_to_rank(shared.first, cluster_rank() ^ 1)[threadIdx.x] + 1;  // HERE neighbour_race
+  y[blockIdx.x * 32 + threadIdx.x] =
+      map_to_rank(shared.first, cluster_rank() ^ 1)[threadIdx.x] + 1;  // HERE neighbour_race
   cluster_arrive();
   cluster_wait();
 }
-TWINS(neighbour_race, "data race") { Data data; LAUNCH(neighbour_race, kCluster, data.y); }
+TWINS(neighbour_race, "data race") {
+  Data data;
+  LAUNCH(neighbour_race, kCluster, data.y);
+}
 
 template <bool kFaulty>
 __global__ void neighbour_gone(float* y) {
@@ -637,7 +799,10 @@ __global__ void neighbour_gone(float* y) {
     cluster_wait();
   }
 }
-TWINS(neighbour_gone, "shared memory of a block that has exited") { Data data; LAUNCH(neighbour_gone, kCluster, data.y); }
+TWINS(neighbour_gone, "shared memory of a block that has exited") {
+  Data data;
+  LAUNCH(neighbour_gone, kCluster, data.y);
+}
 
 // ---- what a launch is refused for ----
 
