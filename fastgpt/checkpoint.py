@@ -15,12 +15,14 @@ folder under a final name is complete. Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from .config import ConfigError, ModelConfig
 from .errors import UserError
-from .files import sync, write_atomically
+from .files import FolderLock, sync, write_atomically
 from .machine import disk_free
 from .units import size
 
@@ -93,7 +95,7 @@ def save(
     root.mkdir(parents=True, exist_ok=True)
     final = root / folder_name(step)
     if final.exists():
-        raise UserError(f"{final} exists already: this run has been here before; give another out_dir")
+        raise UserError(f"{final} exists already: this run has been here before; give another --out_dir")
     temporary = root / f".saving-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     try:
@@ -110,15 +112,33 @@ def save(
         }
         write_atomically(temporary / STATE, json.dumps({**state, "state_sha256": _digest(state)}, indent=1) + "\n")
         os.replace(temporary, final)
-        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    with contextlib.suppress(OSError):  # it is there; only a power cut could still undo the rename
+        sync(root)
     return final
 
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def hold(run_dir: Path) -> FolderLock:
+    """Create a run's folder and hold it for this process. Raises UserError where another run does, and where it cannot
+    be written to."""
+    try:
+        lock = FolderLock(run_dir, create=True)
+        try:
+            tempfile.TemporaryFile(dir=run_dir).close()  # without a name: a kill leaves nothing
+        except OSError:
+            lock.undo()
+            raise
+    except BlockingIOError:
+        raise UserError(f"another run is training in {run_dir}; give another --out_dir") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}; give another --out_dir") from None
+    return lock
 
 
 class Keeper:
@@ -136,6 +156,8 @@ class Keeper:
         self.failures = 0
         self.retry_at: int | None = None
         self.last_saved: int | None = None
+        self.kept_best: int | None = None
+        """The best step whose checkpoint is on the disk: a better one may be known that could not be saved."""
 
     def check_space(self, model: GPT, optimizer: AdamW, keep_best: bool) -> None:
         """Warn where the disk cannot hold what this run will keep, the checkpoint being written included."""
@@ -167,8 +189,10 @@ class Keeper:
         """True where a checkpoint of this step is now on the disk."""
         if self.last_saved == step:
             return True
+        known_best = best_step is not None and best_step in (step, *self._steps())
+        kept_best = best_step if known_best else self.kept_best
         try:
-            save(self.run_dir, step, weights, optimizer, state)
+            save(self.run_dir, step, weights, optimizer, {**state, "kept_best": kept_best})
         except OSError as error:
             self.failures += 1
             reason = f"could not save a checkpoint in {self.run_dir} ({error.strerror or error})"
@@ -177,13 +201,16 @@ class Keeper:
             self.retry_at = step + self.RETRY_STEPS
             self.warn(f"{reason}; the older ones are kept, and it is tried again at step {self.retry_at}")
             return False
-        self.failures, self.retry_at, self.last_saved = 0, None, step
-        self._prune(best_step)
+        self.failures, self.retry_at, self.last_saved, self.kept_best = 0, None, step, kept_best
+        self._prune()
         return True
 
-    def _prune(self, best_step: int | None) -> None:
+    def _steps(self) -> list[int]:
+        return [int(path.name.split("-")[1]) for path in steps_on_disk(self.run_dir)]
+
+    def _prune(self) -> None:
         for path in steps_on_disk(self.run_dir)[: -self.keep_last]:
-            if best_step is not None and path.name == folder_name(best_step):
+            if self.kept_best is not None and path.name == folder_name(self.kept_best):
                 continue
             try:
                 # renamed first, so that a kill in the middle leaves no half-deleted folder under a final name
@@ -221,7 +248,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path} is not a checkpoint: it has no {STATE}; expected .../checkpoints/step-N"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: {STATE} is damaged ({error}); use another checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: {STATE} cannot be read ({error.strerror})") from None

@@ -60,7 +60,10 @@ class FolderLock:
     Raises BlockingIOError where another process holds it. A file system without locks is taken as it is.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, create: bool = False):
+        self._made = [path for path in (folder, *folder.parents) if create and not path.exists()]
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
         self._handle: int | None = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,3 +81,10 @@ class FolderLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+    def undo(self) -> None:
+        """Release it, and remove the folders that `create` made as far as they are empty."""
+        self.release()
+        with contextlib.suppress(OSError):
+            for path in self._made:
+                path.rmdir()

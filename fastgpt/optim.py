@@ -141,9 +141,14 @@ class AdamW(torch.optim.Optimizer):
 
         Raises ValueError for state of a variant that this class is not (amsgrad, maximize)."""
         for group in state_dict["param_groups"]:
-            if variants := [name for name in ("amsgrad", "maximize") if group.get(name)]:
-                raise ValueError(f"the state is of an AdamW with {' and '.join(variants)}, which {type(self).__name__} "
-                                 f"does not do; load it into torch.optim.AdamW")  # fmt: skip
+            variants = [name for name in ("amsgrad", "maximize") if group.get(name)]
+            if group.get("decoupled_weight_decay") is False:
+                variants.append("weight decay in the gradient (torch.optim.Adam's)")
+            if variants:
+                raise ValueError(
+                    f"the state is of an optimizer with {' and '.join(variants)}, which {type(self).__name__} does not "
+                    "do; load it into the class that it came from"
+                )
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for saved_group, group, before in zip(state_dict["param_groups"], self.param_groups, own, strict=True):

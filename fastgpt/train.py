@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checkpoint import Checkpoint, Keeper, latest, load_training_tensors, resolve, training_tensors
+from .checkpoint import Checkpoint, Keeper, hold, latest, load_training_tensors, resolve, training_tensors
 from .config import TrainConfig
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
-from .files import FolderLock, write_atomically
+from .files import write_atomically
 from .flops import flops_per_token, peak_flops
 from .machine import keep_freed_memory
 from .metrics import MetricsLog
@@ -65,7 +64,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
-    """Spent in steps, over all sessions."""
+    """Spent in steps, over all parts of the run."""
     bad_steps: int = 0
     """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
     bad_in_a_row: int = 0
@@ -107,19 +106,12 @@ class Trainer:
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        checkpoint = self._find_checkpoint(resume)
-        self.progress, self.changes = Progress(), []
-        if checkpoint is not None:
-            self._check_same_run(checkpoint, allow_changes)
-            self.progress = Progress(**checkpoint.state["progress"])
-        goes_on_here = checkpoint is not None and checkpoint.path.parent.parent.resolve() == self.run_dir.resolve()
-        if not goes_on_here:  # the best so far lies in another folder
-            self.progress.best_loss = self.progress.best_step = None
-        self._lock = _hold(self.run_dir)
-        self.keeper = Keeper(self.run_dir, config.checkpoint.keep_last, self.warn)
-        self.keeper.tidy(self.progress.step)
-        self.keeper.last_saved = self.progress.step if goes_on_here else None
-
+        self._lock = hold(self.run_dir)  # before its checkpoints are looked at: another run may be writing them
+        try:
+            checkpoint = self._checkpoint_to_go_on_from(resume, allow_changes)
+        except BaseException:
+            self._lock.undo()
+            raise
         self.precision, self.precision_seconds = config.precision, {}
         if config.precision == "auto":
             if checkpoint is not None:
@@ -154,12 +146,15 @@ class Trainer:
         cannot be written."""
         config, progress = self.config, self.progress
         if not self._lock.held:
-            self._lock = _hold(self.run_dir)
+            self._lock = hold(self.run_dir)
         try:
             write_atomically(self.run_dir / "config.toml", config.to_toml())
             self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step, self.warn)
-        except OSError as error:
+        except BaseException as error:
+            self._lock.release()
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot write to {self.run_dir}: {error.strerror}; make room there and resume") from None
         restore_handlers = self._catch_signals()
         try:
@@ -295,8 +290,10 @@ class Trainer:
         progress, every = self.progress, self.config.checkpoint.every
         if progress.step == 0 or progress.evaluation_due:
             return False
+        if self.keeper.retry_at is not None:
+            return progress.step >= self.keeper.retry_at
         is_best = self.config.checkpoint.keep_best and progress.best_step == progress.step
-        return is_best or bool(every and progress.step % every == 0) or progress.step == self.keeper.retry_at
+        return is_best or bool(every and progress.step % every == 0)
 
     def _save(self) -> bool:
         weights, moments = training_tensors(self.model, self.optimizer)
@@ -311,6 +308,21 @@ class Trainer:
         best = self.progress.best_step if self.config.checkpoint.keep_best else None
         return self.keeper.save(self.progress.step, weights, moments, state, best)
 
+    def _checkpoint_to_go_on_from(self, resume: str | None, allow_changes: bool) -> Checkpoint | None:
+        """The checkpoint, if there is one: with it begin the progress and the folder's keeping."""
+        checkpoint = self._find_checkpoint(resume)
+        self.progress, self.changes = Progress(), []
+        if checkpoint is not None:
+            self._check_same_run(checkpoint, allow_changes)
+            self.progress = Progress(**checkpoint.state["progress"])
+        self.keeper = Keeper(self.run_dir, self.config.checkpoint.keep_last, self.warn)
+        self.keeper.tidy(self.progress.step)
+        if checkpoint is not None and checkpoint.path.parent.parent.resolve() == self.run_dir.resolve():
+            self.keeper.last_saved, self.keeper.kept_best = self.progress.step, checkpoint.state.get("kept_best")
+        else:  # the best so far lies in another folder
+            self.progress.best_loss = self.progress.best_step = None
+        return checkpoint
+
     def _find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         if resume == "auto":
             return latest(self.run_dir, self.warn)
@@ -318,10 +330,10 @@ class Trainer:
         if resume is not None:
             checkpoint = resolve(resume)
             if own is not None and own.path.resolve() != checkpoint.path.resolve():
-                raise UserError(f"{self.run_dir} already goes on to {own.path.name}; give another out_dir")
+                raise UserError(f"{self.run_dir} already goes on to {own.path.name}; give another --out_dir")
             return checkpoint
         if own is not None:
-            raise UserError(f"{self.run_dir} holds a run up to {own.path.name}; give --resume auto or another out_dir")
+            raise UserError(f"{self.run_dir} has a run up to {own.path.name}; give --resume auto or another --out_dir")
         return None
 
     def _check_same_run(self, checkpoint: Checkpoint, allow_changes: bool) -> None:
@@ -377,16 +389,3 @@ def differences(saved: dict, now: dict, prefix: str = "") -> Iterable[str]:
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}: {a} -> {b}"
-
-
-def _hold(run_dir: Path) -> FolderLock:
-    """Create the run's folder and hold it; a second run in it is refused. Raises UserError."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):  # without a name: a kill leaves nothing
-            pass
-        return FolderLock(run_dir)
-    except BlockingIOError:
-        raise UserError(f"another run is training in {run_dir}; give another out_dir") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}; give another out_dir") from None

@@ -415,6 +415,47 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [int(p.name[5:]) for p in ckpt.steps_on_disk(tmp_path)] == [2, 5, 6]
 
 
+def test_the_best_on_the_disk_is_kept_until_a_better_one_is_there(tmp_path, monkeypatch):
+    """Step 3 is better than step 2, but cannot be saved."""
+    keeper = ckpt.Keeper(tmp_path, 1, lambda message: None)
+    tensor = {"x": torch.zeros(1)}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for step, best in ((1, 1), (2, 2)):
+        assert keeper.save(step, tensor, tensor, {}, best)
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "save", full)
+        assert not keeper.save(3, tensor, tensor, {}, 3)
+    assert keeper.save(4, tensor, tensor, {}, 3)
+    assert [int(p.name[5:]) for p in ckpt.steps_on_disk(tmp_path)] == [2, 4]
+    resumed = ckpt.Keeper(tmp_path, 1, pytest.fail)
+    resumed.kept_best = ckpt.read_state(ckpt.steps_on_disk(tmp_path)[-1])["kept_best"]
+    assert resumed.save(5, tensor, tensor, {}, 3)
+    assert [int(p.name[5:]) for p in ckpt.steps_on_disk(tmp_path)] == [2, 5]
+    assert resumed.save(6, tensor, tensor, {}, 6)
+    assert [int(p.name[5:]) for p in ckpt.steps_on_disk(tmp_path)] == [6]
+
+
+def test_a_save_whose_last_sync_fails_has_happened(tmp_path, monkeypatch):
+    def sync(path, real=ckpt.sync):
+        if path.name == ckpt.CHECKPOINTS:
+            raise OSError(24, "Too many open files")
+        real(path)
+
+    monkeypatch.setattr(ckpt, "sync", sync)
+    tensor = {"x": torch.zeros(1)}
+    assert ckpt.Keeper(tmp_path, 1, pytest.fail).save(1, tensor, tensor, {}, None)
+
+
+def test_a_state_of_nothing_but_brackets_is_damaged(tmp_path):
+    path = ckpt.save(tmp_path, 1, {"x": torch.zeros(1)}, {}, {})
+    (path / ckpt.STATE).write_text("[" * 100_000)
+    with pytest.raises(ckpt.DamagedCheckpoint, match=r"state\.json is damaged"):
+        ckpt.read_state(path)
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_only_warned_of(tmp_path, monkeypatch):
     warnings = []
     keeper = ckpt.Keeper(tmp_path, 1, warnings.append)

@@ -117,12 +117,19 @@ def test_torchs_state_of_a_bf16_parameter_goes_on_in_fp32():
     assert torch.equal(params[0].detach(), state["master"].to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("variant", ["amsgrad", "maximize"])
-def test_state_of_a_variant_is_refused(variant):
+@pytest.mark.parametrize(
+    ("kind", "variant", "name"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}, "amsgrad"),
+        (torch.optim.AdamW, {"maximize": True}, "maximize"),
+        (torch.optim.Adam, {}, "weight decay in the gradient"),
+    ],
+)
+def test_state_of_a_variant_is_refused(kind, variant, name):
     params = [nn.Parameter(torch.ones(3))]
     optimizer = AdamW(params, lr=0.5)
-    with pytest.raises(ValueError, match=f"an AdamW with {variant}, which AdamW does not do"):
-        optimizer.load_state_dict(torch.optim.AdamW(params, **{variant: True}).state_dict())
+    with pytest.raises(ValueError, match=f"an optimizer with {name}.*, which AdamW does not do"):
+        optimizer.load_state_dict(kind(params, **variant).state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import ModelConfig, TrainConfig, Trainer
+from fastgpt import ModelConfig, TrainConfig, Trainer, train
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
 from fastgpt.errors import UserError
@@ -212,7 +212,7 @@ def test_a_second_signal_ends_the_process_at_once(data, tmp_path):
 def test_resume_needs_the_same_model_and_settings(data, tmp_path):
     first = Trainer(config(data, tmp_path / "run", steps=3))
     first.fit()
-    with pytest.raises(UserError, match="holds a run up to step-00000003; give --resume auto"):
+    with pytest.raises(UserError, match="has a run up to step-00000003; give --resume auto"):
         Trainer(config(data, tmp_path / "run"))
     with pytest.raises(UserError, match=r"holds another model: model.n_layer: 2 -> 3"):
         Trainer(config(data, tmp_path / "run", steps=3, model=ModelConfig(**{**LLAMA, "n_layer": 3})), resume="auto")
@@ -317,6 +317,54 @@ def test_two_runs_in_one_folder(data, tmp_path):
     with pytest.raises(UserError, match="another run is training in"):
         Trainer(config(data, tmp_path / "run"))
     assert first.progress.step == 0
+
+
+def test_a_run_that_ends_while_another_begins_loses_nothing(data, tmp_path, monkeypatch):
+    """Whatever a run in the folder saves until the next one holds it, that one sees."""
+    first, hold = config(data, tmp_path / "run", steps=6), train.hold
+
+    def late(folder):
+        monkeypatch.setattr(train, "hold", hold)
+        Trainer(first).fit()
+        return hold(folder)
+
+    monkeypatch.setattr(train, "hold", late)
+    with pytest.raises(UserError, match="has a run up to step-00000006"):
+        Trainer(first)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 6
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(train, "hold", late)
+    assert Trainer(first.replace(steps=8), resume="auto", allow_changes=True).progress.step == 6
+
+
+def test_a_run_that_cannot_begin_lets_go_of_its_folder(data, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    trainer = Trainer(config(data, tmp_path / "run", steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_atomically", full)
+        with pytest.raises(UserError, match="No space left on device; make room there and resume"):
+            trainer.fit()
+    assert Trainer(config(data, tmp_path / "run", steps=1)).fit().step == 1
+
+
+def test_a_save_that_failed_is_tried_again_when_it_was_said(data, tmp_path, monkeypatch):
+    tried, real = [], ckpt.save
+
+    def full_at_first(run_dir, step, *rest):
+        tried.append(step)
+        if len(tried) < 3:
+            raise OSError(28, "No space left on device")
+        return real(run_dir, step, *rest)
+
+    monkeypatch.setattr(ckpt, "save", full_at_first)
+    monkeypatch.setattr(ckpt.Keeper, "RETRY_STEPS", 5)
+    warnings: list[str] = []
+    frequent = CheckpointConfig(every=1, keep_last=1)
+    Trainer(config(data, tmp_path / "run", steps=13, checkpoint=frequent), warn=warnings.append).fit()
+    assert tried == [1, 6, 11, 12, 13]
+    assert [f"tried again at step {step}" in text for step, text in zip((6, 11), warnings, strict=True)] == [True, True]
 
 
 def test_refusals_before_anything_is_built(data, tmp_path, monkeypatch):
