@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import machine
+from .checkpoint import checkpoint_bytes
 from .config import PRESETS, ModelConfig, TrainConfig
 from .flops import flops_per_token
 from .model import GPT
-from .optim import build_optimizer
+from .optim import AdamW, build_optimizer
 from .precision import apply_precision, measure_precision, resolve_device
 from .units import duration, size
 
@@ -70,22 +71,27 @@ class Estimate:
         return self.tokens / self.dataset_tokens if self.dataset_tokens else None
 
 
-def _bytes_per_parameter(precision: str, uses_muon: bool) -> tuple[int, int]:
-    """(in memory, in a checkpoint) for one parameter: weight, fp32 gradient, fp32 master, fp32 moments."""
-    low = precision.startswith("bfloat16")
-    master = 4 if low and (uses_muon or precision == "bfloat16") else 0
-    weight, moments = 2 if low else 4, 4 if uses_muon else 8
-    return weight + 4 + master + moments, (master or weight) + moments
+def _as_trained(model: GPT, config: TrainConfig, precision: str) -> tuple[GPT, AdamW]:
+    """The model in its dtype, and its optimizer."""
+    model = apply_precision(model, precision)
+    return model, build_optimizer(model, config.optim, stochastic_rounding=precision == "bfloat16_stochastic")
 
 
-def _state_bytes(model: GPT, config: TrainConfig, precision: str) -> tuple[int, int]:
-    """(in memory, in a checkpoint) of weights, gradients and optimizer state; shapes are all that is needed."""
-    held = saved = 0
-    for group in build_optimizer(model, config.optim).param_groups:
-        in_memory, on_disk = _bytes_per_parameter(precision, bool(group.get("muon")))
-        count = sum(p.numel() for p in group["params"])
-        held, saved = held + in_memory * count, saved + on_disk * count
-    return held, saved
+def state_bytes(optimizer: AdamW) -> int:
+    """Memory of weights, gradients, masters and moments; of the last three every number takes 4 bytes at least."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            exact = 1 + int(optimizer.uses_master(p, group)) + len(optimizer.moments(group))
+            total += p.numel() * (p.element_size() + max(4, p.element_size()) * exact)
+    return total
+
+
+def _sizes(config: TrainConfig, precision: str) -> tuple[int, int, int]:
+    """(parameters, bytes in memory, bytes of a checkpoint); shapes are all that is needed."""
+    with torch.device("meta"):
+        model, optimizer = _as_trained(GPT(config.model), config, precision)
+    return model.num_parameters(), state_bytes(optimizer), checkpoint_bytes(model, optimizer)
 
 
 def activation_bytes(model: ModelConfig, tokens: int, precision: str) -> int:
@@ -119,8 +125,7 @@ def _flops_per_second(device: torch.device, precision: str, size: int = 1024) ->
 def _time_steps(config: TrainConfig, device: torch.device, precision: str, repeats: int = 1) -> tuple[float, float]:
     """Seconds of one micro-batch (forward and backward) and of one optimizer update: the quickest after a warm-up."""
     draw = torch.Generator().manual_seed(0)
-    model = apply_precision(GPT(config.model, draw).to(device), precision)
-    optimizer = build_optimizer(model, config.optim, stochastic_rounding=precision == "bfloat16_stochastic")
+    model, optimizer = _as_trained(GPT(config.model, draw).to(device), config, precision)
     shape = (config.micro_batch_size, config.model.block_size)
     idx: Tensor = torch.randint(config.model.vocab_size, shape, generator=draw).to(device)
     forward_backward = update = math.inf
@@ -151,13 +156,11 @@ def estimate(config: TrainConfig) -> Estimate:
     Raises UserError where the device or the dataset cannot be used.
     """
     device = resolve_device(config.device)
-    with torch.device("meta"):
-        shape = GPT(config.model)
     precision = config.precision
     if precision == "auto":  # until it is measured
         precision = "bfloat16" if device.type == "cuda" else "float32"
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory()[1]
-    state, checkpoint = _state_bytes(shape, config, precision)
+    parameters, state, checkpoint = _sizes(config, precision)
     block_size = config.model.block_size
 
     peak = _flops_per_second(device, precision)
@@ -172,7 +175,7 @@ def estimate(config: TrainConfig) -> Estimate:
         timed = config.replace(micro_batch_size=rows, batch_tokens=rows * block_size)
         if config.precision == "auto":
             precision, _ = measure_precision(timed, device, repeats=1)
-            state, checkpoint = _state_bytes(shape, config, precision)
+            _, state, checkpoint = _sizes(config, precision)
         micro_batch, update = _time_steps(timed, device, precision)
         seconds = micro_batches * micro_batch * config.micro_batch_size / rows + config.steps * update
         part = "" if rows == config.micro_batch_size else f", {rows} of their {config.micro_batch_size} rows"
@@ -183,7 +186,7 @@ def estimate(config: TrainConfig) -> Estimate:
         rate = f"{ASSUMED_UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a matrix product reaches here"
         how = f"estimated, since {why}: {rate}"
     return Estimate(
-        parameters=shape.num_parameters(),
+        parameters=parameters,
         precision=precision,
         device=str(device),
         steps=config.steps,

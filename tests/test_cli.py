@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from types import SimpleNamespace
 import pytest
 
 from fastgpt import arguments, cli
-from fastgpt.config import ConfigError, DataConfig, ModelConfig, PrepareConfig, RopeScaling, TrainConfig
+from fastgpt.config import ConfigError, DataConfig, ModelConfig, OptimConfig, PrepareConfig, RopeScaling, TrainConfig
 from fastgpt.errors import UserError
-from fastgpt.estimate import Estimate, activation_bytes, estimate, report
+from fastgpt.estimate import Estimate, activation_bytes, estimate, report, state_bytes
 from fastgpt.files import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,7 +383,7 @@ def test_dry_run_says_when_it_only_estimates(here):
     small = estimate(TrainConfig(precision="float32"))
     assert small.parameters == 124_439_808
     assert small.state_bytes == 16 * (124_439_808 + 47 * 768)
-    assert small.checkpoint_bytes == 12 * (124_439_808 + 47 * 768)
+    assert small.checkpoint_bytes == 12 * 124_439_808  # without the padding
     assert small.tokens == 5000 * 524288
 
 
@@ -424,6 +425,29 @@ def test_a_dry_run_warns_of_what_nobody_wants(found, config, words):
     warnings = lines[[line.split()[0] for line in lines].index("time") + 1 :]
     assert len(warnings) == bool(words)
     assert all(word in warnings[0] for word in words)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16_stochastic"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_state_is_known_to_the_byte(precision, kind):
+    """Against every tensor that is there after a step; of those that parameters share, the step counts, nothing."""
+    import torch
+
+    from fastgpt.model import GPT
+    from fastgpt.optim import build_optimizer
+    from fastgpt.precision import apply_precision
+
+    config = ModelConfig.preset("tiny", n_layer=2, n_head=2, n_embd=32, vocab_size=100, block_size=16)
+    model = apply_precision(GPT(config), precision)
+    optimizer = build_optimizer(
+        model, OptimConfig(optimizer=kind), stochastic_rounding=precision == "bfloat16_stochastic"
+    )
+    expected = state_bytes(optimizer)
+    idx = torch.randint(100, (1, 16))
+    model(idx, idx).backward()
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    assert expected == sum(t.numel() * t.element_size() for t in tensors if t.dim())
 
 
 @pytest.mark.parametrize("preset", ["tiny", "gpt2"])
@@ -511,7 +535,7 @@ def test_a_run_that_never_reaches_its_learning_rate_says_so(inside, capsys, tmp_
     assert run(*words, "--out_dir", str(tmp_path / "w")) == 0
     err = capsys.readouterr().err
     assert err.startswith("fastgpt: warning: The learning rate never reaches its peak") and err.count("\n") == 1
-    assert "another out_dir" in refusal(capsys, *words, "--out_dir", "runs/a")  # which takes one line alone
+    assert "another --out_dir" in refusal(capsys, *words, "--out_dir", "runs/a")  # which takes one line alone
 
 
 def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
@@ -531,6 +555,43 @@ def test_resuming_under_other_settings_needs_a_word(inside, capsys, tmp_path):
     assert "steps: 1 -> 2; give --allow-changes" in refusal(capsys, *again)
     assert run(*again, "--allow-changes") == 0
     assert "done at step 2" in capsys.readouterr().out
+
+
+def test_a_resume_that_cannot_be_is_refused_and_changes_nothing(inside, capsys, tmp_path, monkeypatch):
+    """A damaged checkpoint that was named, another model, another tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inside / "runs", "runs")
+    shutil.copytree(inside / "data", "data")
+    (tmp_path / "other").mkdir()
+    for text in (inside / "texts").iterdir():  # a vocabulary of the same size, of other tokens
+        swapped = text.read_text(encoding="utf-8").translate(str.maketrans("acehnost", "tsonheca"))
+        (tmp_path / "other" / text.name).write_text(swapped, encoding="utf-8")
+    vocab_size = json.loads(Path("data/dataset.json").read_text())["vocab_size"]
+    words = ["prepare", "other", "--vocab_size", str(vocab_size), "--workers", "1", "--out_dir", "other data"]
+    assert run(*words) == 0
+    assert json.loads(Path("other data/dataset.json").read_text())["vocab_size"] == vocab_size
+    capsys.readouterr()
+    found = Path("runs/a/checkpoints/step-00000005")
+    shutil.copytree(found, "damaged")
+    damaged = Path("damaged/model.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+
+    def everything() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in sorted(tmp_path.rglob("*"))}
+
+    before = everything()
+    for words, reason in {
+        ("damaged", "--out_dir", "new"): "damaged/model.safetensors is damaged (its checksum does not match",
+        (found, "--out_dir", "new", "--model.n_layer", "2"): f"{found} holds another model: model.n_layer: 1 -> 2",
+        (found, "--out_dir", "new", "--data.path", "other data"): f"{found} has another tokenizer (sha256 ",
+        ("auto", "--out_dir", "runs/a", "--model.n_head", "1"): "holds another model: model.n_head: 2 -> 1",
+        ("auto", "--out_dir", "runs/a", "--data.path", "other data"): "has another tokenizer (sha256 ",
+    }.items():
+        for more in ((), ("--allow-changes",)):
+            assert reason in refusal(capsys, "train", "--resume", *words, *more), words
+        assert everything() == before, words
 
 
 def test_dry_run_knows_the_dataset(inside, capsys):
