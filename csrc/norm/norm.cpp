@@ -21,7 +21,7 @@ bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 =
 // What a call's rows and channels are like; norm.cu serves any of it, but not on the vector path.
 class Alignment {
  public:
-  Alignment(DType dtype, int64_t columns) : vector_(16 / bytes_of(dtype)) {
+  Alignment(DType dtype, int64_t columns) : dtype_(dtype), vector_(16 / bytes_of(dtype)) {
     if (dtype == DType::float64) reason_ = "float64";
     else if (columns > norm_widest_vector_row(dtype)) reason_ = "a row is too wide for registers";
     else if (columns % vector_ != 0) reason_ = "the width is no multiple of 16 bytes";
@@ -32,7 +32,9 @@ class Alignment {
     if (rows.stride % vector_ != 0) note("a row does not begin at a multiple of 16 bytes");
   }
   void channels(const ConstChannels& channels) {
+    if (!channels.data) return;
     if (!aligned(channels.data)) note("weight or bias does not begin at a multiple of 16 bytes");
+    if (bytes_of(channels.dtype) < bytes_of(dtype_)) note("weight or bias has fewer bits than the rows");
   }
   Choice choice() const {
     return reason_ ? Choice{NormPath::generic, reason_} : Choice{NormPath::vector, "16-byte accesses"};
@@ -42,7 +44,8 @@ class Alignment {
   void note(const char* reason) {
     if (!reason_) reason_ = reason;
   }
-  int64_t vector_;
+  DType dtype_;
+  int64_t vector_;  // elements in 16 bytes
   const char* reason_ = nullptr;
 };
 

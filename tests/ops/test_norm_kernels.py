@@ -182,6 +182,16 @@ def test_layouts(op: str, dtype: torch.dtype, C: int) -> None:
             assert kernels.same(got, expected), f"input {i} {layout}"
 
 
+def test_a_weight_of_fewer_bits_than_the_rows() -> None:
+    """The page refuses it, the entry takes it: 16 bytes of weights would then be those of more columns than of rows."""
+    x, weight, _ = inputs(5, 12, dtype=F32)
+    y, _, rstd = torch.ops.fastgpt_emulated.rms_norm_forward(x, None, weight.bfloat16(), 1e-6)
+    assert kernels.last_path() == ("generic", "weight or bias has fewer bits than the rows")
+    torch.testing.assert_close(y, torchs(RMS)(x, weight.bfloat16().float()))
+    torch.ops.fastgpt_emulated.rms_norm_backward(x, None, x, weight.bfloat16(), rstd, True, True)
+    assert kernels.last_path()[0] == "generic"
+
+
 @BOTH
 def test_one_tensor_may_be_given_twice(op: str) -> None:
     x, weight, _ = inputs(5, 16, dtype=F32)

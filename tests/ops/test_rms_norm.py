@@ -122,7 +122,8 @@ def test_torch_func() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(ours: Callable, dtype: torch.dtype, device: str) -> None:
-    checks.check_layouts(ours, inputs(6, 40, dtype=dtype, device=device))
+    # An odd width, which one kernel path serves whatever the layout; for the other one see test_norm_kernels.py.
+    checks.check_layouts(ours, inputs(6, 41, dtype=dtype, device=device))
     checks.check_fake(ours, inputs(6, 40, dtype=dtype, device=device))
 
 
