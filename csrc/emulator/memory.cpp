@@ -94,7 +94,45 @@ struct ReadBy {
   Clock clock;
   uint32_t place;
 };
-std::vector<std::vector<ReadBy>> read_sets;
+// A list, or, for what all threads of a block read, a clock for each actor: a list would be searched too often.
+struct ReadSet {
+  static constexpr size_t kMostListed = 16;
+  std::vector<ReadBy> listed;
+  std::vector<Clock> clocks;  // empty, or 0 for who has not read
+  uint32_t place = 0;         // of the last read, once there are clocks
+
+  void clear() {
+    listed.clear();
+    clocks.clear();
+  }
+  void add(const ReadBy& read) {
+    if (!clocks.empty()) {
+      clocks[read.actor] = read.clock;
+      place = read.place;
+      return;
+    }
+    for (ReadBy& earlier : listed) {
+      if (earlier.actor != read.actor) continue;
+      earlier = read;
+      return;
+    }
+    listed.push_back(read);
+    if (listed.size() <= kMostListed) return;
+    clocks.assign(machine.clock_size, 0);
+    for (const ReadBy& earlier : listed) clocks[earlier.actor] = earlier.clock;
+    place = read.place;
+  }
+  // A read that the actor has not seen; its clock is 0 where there is none.
+  ReadBy unseen_by(const Actor& actor) const {
+    for (size_t id = 0; id < clocks.size(); ++id)
+      if (clocks[id] > (*actor.view)[id] && id != actor.id) return {uint16_t(id), clocks[id], place};
+    if (clocks.empty())
+      for (const ReadBy& read : listed)
+        if (read.actor != actor.id && (*actor.view)[read.actor] < read.clock) return read;
+    return {0, 0, 0};
+  }
+};
+std::vector<ReadSet> read_sets;
 std::vector<int> free_read_sets;
 
 void drop_reads(Shadow& shadow) {
@@ -114,13 +152,7 @@ void add_read(Shadow& shadow, const Actor& actor, uint32_t place) {
   }
   const uint16_t id = uint16_t(actor.id);
   if (shadow.read_set >= 0) {
-    auto& set = read_sets[shadow.read_set];
-    for (ReadBy& read : set) {
-      if (read.actor != id) continue;
-      read.clock = actor.clock;
-      return;
-    }
-    set.push_back({id, actor.clock, place});
+    read_sets[shadow.read_set].add({id, actor.clock, place});
   } else if (shadow.reader == Shadow::kNobody || shadow.reader == id ||
              (*actor.view)[shadow.reader] >= shadow.read_clock) {
     shadow.reader = id;
@@ -133,7 +165,8 @@ void add_read(Shadow& shadow, const Actor& actor, uint32_t place) {
     }
     shadow.read_set = free_read_sets.back();
     free_read_sets.pop_back();
-    read_sets[shadow.read_set] = {{shadow.reader, shadow.read_clock, shadow.read_place}, {id, actor.clock, place}};
+    read_sets[shadow.read_set].add({shadow.reader, shadow.read_clock, shadow.read_place});
+    read_sets[shadow.read_set].add({id, actor.clock, place});
   }
   shadow.read_cluster = machine.cluster_number;
 }
@@ -174,11 +207,8 @@ void check_order(Shadow& shadow, Access access, const Actor& actor, Name name, C
   if (shadow.many_clusters_read || (shadow.reader != Shadow::kNobody && shadow.read_cluster != cluster)) {
     race(access, "read", "another block", shadow.read_place, actor, name, caller);
   } else if (shadow.read_set >= 0) {
-    for (const ReadBy& read : read_sets[shadow.read_set]) {
-      if (read.actor == actor.id || (*actor.view)[read.actor] >= read.clock) continue;
-      race(access, "read", actor_name(read.actor), read.place, actor, name, caller);
-      break;
-    }
+    const ReadBy read = read_sets[shadow.read_set].unseen_by(actor);
+    if (read.clock) race(access, "read", actor_name(read.actor), read.place, actor, name, caller);
   } else if (shadow.reader != Shadow::kNobody && shadow.reader != actor.id &&
              (*actor.view)[shadow.reader] < shadow.read_clock) {
     race(access, "read", actor_name(shadow.reader), shadow.read_place, actor, name, caller);

@@ -40,6 +40,22 @@ TWINS(overwritten_too_early, "data race") {
   LAUNCH(overwritten_too_early, kTwoWarps, data.y);
 }
 
+// Many readers of one value, of whom one was not waited for.
+template <bool kFaulty>
+__global__ void one_reader_of_many(float* y) {
+  Floats& shared = dynamic_shared<Floats>();
+  const int i = threadIdx.x;
+  if (i == 0) shared.first[0] = 1;
+  __syncthreads();
+  y[i] = shared.first[0];
+  if (!kFaulty || i < 32) barrier_sync(1, kFaulty ? 32 : 64);
+  if (i == 0) shared.first[0] = 2;  // HERE one_reader_of_many
+}
+TWINS(one_reader_of_many, "data race") {
+  Data data;
+  LAUNCH(one_reader_of_many, kTwoWarps, data.y);
+}
+
 template <bool kFaulty>
 __global__ void static_race(float* y) {
   __shared__ float values[64];
