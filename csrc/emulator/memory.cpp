@@ -175,6 +175,12 @@ std::string at_place(uint32_t place) {
   return place ? " (" + user_position(address_of(place)).text() + ")" : std::string();
 }
 
+std::string block_name(uint32_t cluster) {  // the first of a cluster's
+  const unsigned wide = machine.grid.x / machine.cluster.x, high = machine.grid.y / machine.cluster.y;
+  return format("block (%u,%u,%u)", cluster % wide * machine.cluster.x, cluster / wide % high * machine.cluster.y,
+                cluster / wide / high * machine.cluster.z);
+}
+
 template <class Name>
 void race(Access access, const char* earlier, const std::string& by, uint32_t place, const Actor& actor, Name name,
           Caller caller) {
@@ -190,7 +196,7 @@ void check_order(Shadow& shadow, Access access, const Actor& actor, Name name, C
   const bool both_atomic = access == Access::atomic && shadow.atomic;
   if (shadow.writer != Shadow::kNobody && !both_atomic) {
     if (shadow.write_cluster != cluster) {
-      race(access, "write", "another block", shadow.write_place, actor, name, caller);
+      race(access, "write", block_name(shadow.write_cluster), shadow.write_place, actor, name, caller);
     } else if (shadow.writer != actor.id && (*actor.view)[shadow.writer] < shadow.write_clock) {
       race(access, "write", actor_name(shadow.writer), shadow.write_place, actor, name, caller);
     } else if (actor.proxy && shadow.writer < machine.thread_count &&
@@ -205,7 +211,7 @@ void check_order(Shadow& shadow, Access access, const Actor& actor, Name name, C
   }
   if (access == Access::read) return;
   if (shadow.many_clusters_read || (shadow.reader != Shadow::kNobody && shadow.read_cluster != cluster)) {
-    race(access, "read", "another block", shadow.read_place, actor, name, caller);
+    race(access, "read", block_name(shadow.read_cluster), shadow.read_place, actor, name, caller);
   } else if (shadow.read_set >= 0) {
     const ReadBy read = read_sets[shadow.read_set].unseen_by(actor);
     if (read.clock) race(access, "read", actor_name(read.actor), read.place, actor, name, caller);

@@ -69,6 +69,12 @@ def test_a_race_names_both_sides(emulator: Emulator) -> None:
     )
 
 
+def test_a_race_between_blocks_names_both(emulator: Emulator) -> None:
+    assert "with the write by block (0,0,0)" in emulator.text("emulator_run_twin", "same_element_of_two_blocks", 1)
+    [finding] = emulator.findings()
+    assert finding["block"] == [1, 0, 0]
+
+
 def test_deadlock_says_who_waits_for_what(emulator: Emulator) -> None:
     message = emulator.text("emulator_run_twin", "wrong_bytes", 1)
     assert "64 threads wait in mbarrier.try_wait" in message
