@@ -4,24 +4,25 @@
 // bytes at a time. A row stays in registers between the passes over it: its sum, then its variance around the mean
 // just found (one pass over squares would cancel), then the result. RMSNorm is the same with a mean of 0.
 //
-// A thread has the same columns in every row it sees. So it reads their weight and bias once, before its first row, and
-// in the backward it adds up their gradients in registers over many rows. This wants few blocks that stay: a grid
+// A thread has the same columns in every row it sees. So it reads their weight and bias once, before its first row,
+// and in the backward it adds up their gradients in registers over many rows. This wants few blocks that stay: a grid
 // of as many as run at a time (blocks_that_stay), each taking every n-th row.
 //
-// The gradients of weight and bias are sums over all rows. A block takes a run of rows, adds up in float, and writes one
-// row of `partials`; a second, small kernel adds those up, in double. There are no atomics, so the result is the same
-// every time; and a run has kMostRowsOfSum rows at most, so it is as exact for a million rows as for a thousand.
+// The gradients of weight and bias are sums over all rows. A block takes a run of rows, adds up in float, and writes
+// one row of `partials`; a second, small kernel adds those up, in double. There are no atomics, so the result is the
+// same every time; and a run has kMostRowsOfSum rows at most, so it is as exact for a million rows as for a thousand.
 //
 // Three tiles, by the width of a row:
-//   NarrowTile  a warp for each row, so that its sums need shuffles and no barrier. Three vectors a lane are 768 columns
-//               of 16 bits, GPT-2's; with four, the backward's two sums for each column spilled on sm_90. Four warps a
-//               block: they share one row of partials, which they add up through shared memory.
+//   NarrowTile  a warp for each row, so that its sums need shuffles and no barrier. Three vectors a lane are 768
+//               columns of 16 bits, GPT-2's; with four, the backward's two sums for each column spilled on sm_90. Four
+//               warps a block: they share one row of partials, which they add up through shared memory.
 //   MiddleTile  128 threads for each row, two vectors a thread: 769 to 2048 columns of 16 bits. 1024 of them are one
 //               vector for every thread.
 //   WideTile    512 threads for each row, to 8192 columns. Wider ones are rare enough for the generic path.
 // How many blocks stay on a multiprocessor is what their registers allow (ptxas -v: a thread of the backward holds the
 // sums of all its columns, so 12 to 16 warps; the forward 16 to 24). __launch_bounds__ asks the compiler for just that,
-// and blocks_that_stay counts on it.
+// and blocks_that_stay counts on it. All this is chosen by registers, spills and counted bytes; no time on a GPU has been
+// taken so far.
 //
 // The generic kernels serve everything else: float64, a width that is no multiple of a vector, memory that does not
 // begin at one, rows too wide for registers. One element at a time, three passes over memory, most of it found in
@@ -196,8 +197,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kForwardBlocks) void norm_for
   }
 }
 
-// Where a column's sum is kept in shared memory: eight lanes store 16 bytes each at every other vector, and this spreads
-// them over all banks.
+// Where a column's sum is kept in shared memory: eight lanes store 16 bytes each at every other vector, and this
+// spreads them over all banks.
 __device__ __forceinline__ int64_t place_of(int64_t column) { return column ^ (column >> 5 & 1) << 2; }
 
 // Writes one row of partial sums: this block's threads put theirs into shared memory, and take out the sums over the
