@@ -21,8 +21,8 @@
 //   WideTile    512 threads for each row, to 8192 columns. Wider ones are rare enough for the generic path.
 // How many blocks stay on a multiprocessor is what their registers allow (ptxas -v: a thread of the backward holds the
 // sums of all its columns, so 12 to 16 warps; the forward 16 to 24). __launch_bounds__ asks the compiler for just that,
-// and blocks_that_stay counts on it. All this is chosen by registers, spills and counted bytes; no time on a GPU has been
-// taken so far.
+// and blocks_that_stay counts on it. All this is chosen by registers, spills and counted bytes; no time on a GPU has
+// been taken so far.
 //
 // The generic kernels serve everything else: float64, a width that is no multiple of a vector, memory that does not
 // begin at one, rows too wide for registers. One element at a time, three passes over memory, most of it found in
