@@ -280,6 +280,8 @@ def main(level: str) -> None:
         if packages is not None:
             announce(packages, gpu)
             break
+    if level == "demo" and not gpu:
+        os.environ.setdefault("FASTGPT_CUDA", "0")  # kernels that nothing here could run
     install([*constraints, torch])  # first and alone: the kernels are compiled against its headers
     install([torch, *package])
     (VENV / f"{level}.stamp").write_text(want)

@@ -90,7 +90,7 @@ def adamw_(
     _check(params, grads, exp_avgs, exp_avg_sqs, masters, seed, offsets, tensor_ids, scalars)
     if not params:
         return
-    native.select(params[0])
+    native.select(params[0], "adamw_")
     reference(
         params, grads, exp_avgs, exp_avg_sqs, masters=masters, seed=seed, offsets=offsets, tensor_ids=tensor_ids,
         **scalars

@@ -70,7 +70,7 @@ def attention(
     """
     _check(q, k, v, window, scale, softcap, doc_start, doc_end, kv_lengths)
     q, k, v = contract.autocast(q, k, v)
-    native.select(q)
+    native.select(q, "attention")
     masks = dict(causal=causal, window=window, doc_start=doc_start, doc_end=doc_end, kv_lengths=kv_lengths)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if softcap is not None or return_lse or contract.transformed():

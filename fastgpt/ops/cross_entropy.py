@@ -51,7 +51,7 @@ def cross_entropy(
     contract.check_rows("cross_entropy", "logits", logits)
     check_targets("cross_entropy", "logits", logits, targets)
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, logits.shape[-1])
-    native.select(logits)
+    native.select(logits, "cross_entropy")
     return reference(
         logits,
         targets,

@@ -36,7 +36,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"embedding: weight must have a shape (V, C) with V, C >= 1, got {tuple(weight.shape)}")
     check_device("embedding", "ids", ids, "weight", weight)
-    native.select(weight)
+    native.select(weight, "embedding")
     return reference(ids, weight)
 
 

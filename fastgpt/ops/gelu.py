@@ -27,7 +27,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
         raise ValueError(f"gelu: x must have at least one dimension, got {tuple(x.shape)}")
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"gelu: approximate must be one of {', '.join(APPROXIMATIONS)}, got {approximate!r}")
-    native.select(x)
+    native.select(x, "gelu")
     return reference(x, approximate=approximate)
 
 

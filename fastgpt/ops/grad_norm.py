@@ -36,7 +36,7 @@ def grad_norm(grads: Iterable[Tensor]) -> Tensor:
         check_floating("grad_norm", f"grads[{i}]", g)
         check_device("grad_norm", f"grads[{i}]", g, "grads[0]", grads[0])
     if grads:
-        native.select(grads[0])
+        native.select(grads[0], "grad_norm")
     return reference(grads)
 
 

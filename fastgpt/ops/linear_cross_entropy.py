@@ -85,7 +85,7 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, V)
     x, weight = contract.autocast(x, weight)
     bias = None if bias is None else contract.autocast(bias)[0]
-    native.select(x)
+    native.select(x, "linear_cross_entropy")
     if contract.transformed():
         return reference(
             x,

@@ -53,7 +53,7 @@ def rotary(
     The contract is at the top of this file. Raises ValueError where it is broken.
     """
     _check(qkv, cos, sin, n_head, n_kv_head, positions, q_weight, k_weight, eps)
-    native.select(qkv)
+    native.select(qkv, "rotary")
     return reference(
         qkv,
         cos,

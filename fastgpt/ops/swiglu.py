@@ -37,7 +37,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         check_like("swiglu", "up", up, "gate", gate)
     elif width % 2:
         raise ValueError(f"swiglu: gate_up must have an even last dimension, [gate | up], got {tuple(gate.shape)}")
-    native.select(gate)
+    native.select(gate, "swiglu")
     if up is None and hand_written_backward_serves(gate):
         return _PackedOnCpu.apply(gate)
     return reference(gate, up)
