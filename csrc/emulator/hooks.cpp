@@ -19,10 +19,10 @@ using emulator::current_thread;
   FASTGPT_HOOK(__tsan_write##bytes, bytes, Access::write)                    \
   FASTGPT_HOOK(__tsan_unaligned_read##bytes, bytes, Access::read)            \
   FASTGPT_HOOK(__tsan_unaligned_write##bytes, bytes, Access::write)          \
-  FASTGPT_HOOK(__tsan_volatile_read##bytes, bytes, Access::atomic)           \
-  FASTGPT_HOOK(__tsan_volatile_write##bytes, bytes, Access::atomic)          \
-  FASTGPT_HOOK(__tsan_unaligned_volatile_read##bytes, bytes, Access::atomic) \
-  FASTGPT_HOOK(__tsan_unaligned_volatile_write##bytes, bytes, Access::atomic)
+  FASTGPT_HOOK(__tsan_volatile_read##bytes, bytes, Access::read)           \
+  FASTGPT_HOOK(__tsan_volatile_write##bytes, bytes, Access::write)          \
+  FASTGPT_HOOK(__tsan_unaligned_volatile_read##bytes, bytes, Access::read) \
+  FASTGPT_HOOK(__tsan_unaligned_volatile_write##bytes, bytes, Access::write)
 
 extern "C" {
 
