@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,13 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import tiktoken
+from harness import machine, write_result
 
 from fastgpt.config import PrepareConfig
 from fastgpt.data import prepare
-from fastgpt.machine import cores, cpu_name
+from fastgpt.machine import cores
 from fastgpt.tokenizer import Tokenizer
 
 
@@ -130,12 +128,10 @@ RSS = """
 import json, resource, sys
 from pathlib import Path
 sys.path[:0] = [{benchmarks!r}]
-import bench_prepare
+import bench_prepare, harness
 seconds, _ = bench_prepare.prepared(*map(Path, sys.argv[1:4]), int(sys.argv[4]))
-# not getrusage for this process: on Linux that begins with the size of the process it was forked from
-own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps([seconds, own / 1024, worker / 1024]))
+print(json.dumps([seconds, harness.memory_of_this_process("VmHWM"), worker / 1024]))
 """
 
 
@@ -157,7 +153,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--rss", action="store_true", help="also the peak memory, on --mb and on four times as much")
     parser.add_argument("--dir", help="where to put corpus and shards for the time being")
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
@@ -176,15 +172,14 @@ def main() -> None:
             rates["tiktoken threads"].append(args.mb / tiktoken_threads(tokenizer_file, args.mb, args.workers))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         yardstick = max(medians["tiktoken processes"], medians["tiktoken threads"])
-        print(f"{args.mb:g} MB as {args.kind}, {args.workers} workers on {cpu_name()} ({cores()} cores)")
+        facts = machine()
+        print(f"{args.mb:g} MB as {args.kind}, {args.workers} workers on {facts['cpu']} ({facts['cores']} cores)")
         for name, values in rates.items():
             print(f"  {name:20} {medians[name]:7.2f} MB/s   ({', '.join(f'{v:.2f}' for v in values)})")
         print(f"  prepare / tiktoken   {medians['prepare'] / yardstick:7.3f}")
         result = {
-            "cpu": cpu_name(),
-            "cores": cores(),
+            "machine": facts,
             "workers": args.workers,
-            "python": platform.python_version(),
             "tiktoken": tiktoken.__version__,
             "mb": args.mb,
             "kind": args.kind,
@@ -205,9 +200,7 @@ def main() -> None:
                     f"{memory['largest_worker_mib']:.0f} MiB, in {memory['seconds']:.1f} s"
                 )
         if args.out:
-            command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            result["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-            Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""What benchmarks share: the machine in words, a process for each contender, and how long its steps take."""
+"""What benchmarks share: the machine in words, a process for each contender, and how long its steps take.
+
+Imported before fastgpt, which is then that of this repository, installed or not. Without torch until it is needed: the
+memory of processes that do without it is measured too.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import platform
 import shutil
@@ -13,19 +18,26 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastgpt.errors import UserError
+from fastgpt.files import write_atomically
 from fastgpt.machine import cores, cpu_features, cpu_name
+
+if TYPE_CHECKING:
+    import torch
 
 SPAWN = multiprocessing.get_context("spawn")  # nothing of this process is in the memory of the others
 LAST_WORDS_SECONDS = 2.0
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Where and with what a result was measured."""
+    import torch
+
+    device = torch.device(device)
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -42,6 +54,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit or None,
     }
+
+
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """As JSON, its folder made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result, indent=1, default=str) + "\n")
 
 
 def memory_of_this_process(field: str) -> float | None:
@@ -127,7 +145,10 @@ class Turns:
     """A training loop's end of the pipe. It is asked for a number of steps, and answers how each of them went."""
 
     def __init__(self, pipe: Connection, device: torch.device):
+        import torch
+
         self.pipe, self.device = pipe, device
+        self.cuda = torch.cuda if device.type == "cuda" else None
 
     def ready(self, **facts: Any) -> None:
         """Say what there is to know of this loop, and wait for the first turn. Raises NoMore."""
@@ -136,15 +157,15 @@ class Turns:
 
     def step_done(self, loss: float) -> None:
         """After every step. At the end of a turn, answers and waits for the next one. Raises NoMore."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.cuda:
+            self.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.seconds.append(now - self.before)
         self.losses.append(loss)
         self.before = now
         if len(self.seconds) == self.steps:
-            if self.device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            if self.cuda:
+                peak = self.cuda.max_memory_allocated(self.device) / 2**20
             else:
                 peak = memory_of_this_process("VmHWM")
             self.pipe.send({"seconds": self.seconds, "losses": self.losses, "peak_mib": peak})

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 import time
@@ -21,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import machine, write_result
 from sweep_demo import Data, run
 
 from fastgpt.config import OptimConfig
 from fastgpt.data import Dataset, evaluation_batches
 from fastgpt.demo import settings
 from fastgpt.demo.plain_gpt import PlainGPT, PlainLoop
-from fastgpt.machine import cpu_name
 from fastgpt.schedule import learning_rate_scale
 
 TIMED_STEPS = 40
@@ -106,10 +105,8 @@ def main() -> int:
     best = min(row["bits_per_byte"] for row in rows[1:])
     print(f"fastgpt {rows[0]['bits_per_byte']:.4f}, the best plain loop {best:.4f} bits per byte")
     if arguments.out:
-        machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"python": platform.python_version()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": machine, "seconds": arguments.seconds, "runs": rows}, indent=1))
+        facts = {**machine(), "threads": torch.get_num_threads()}
+        write_result(arguments.out, {"machine": facts, "seconds": arguments.seconds, "runs": rows})
     return 0 if rows[0]["bits_per_byte"] <= best else 1
 
 

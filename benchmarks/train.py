@@ -26,7 +26,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import math
 import os
 import shutil
@@ -41,12 +40,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Failed, NoMore, Turns, Worker, machine, memory_of_this_process, show_progress
+from harness import Failed, NoMore, Turns, Worker, machine, memory_of_this_process, show_progress, write_result
 from torch import Tensor, nn
 
 from fastgpt import ops
@@ -55,7 +52,6 @@ from fastgpt.data import Batches, Dataset, adopt_shards
 from fastgpt.demo import settings
 from fastgpt.demo.plain_gpt import PlainGPT, PlainLoop
 from fastgpt.errors import UserError
-from fastgpt.files import write_atomically
 from fastgpt.precision import resolve_device
 from fastgpt.tokenizer import PATTERN, Tokenizer
 from fastgpt.train import Callback, Trainer
@@ -272,9 +268,15 @@ def import_file(path: Path) -> Any:
 
 
 def compare(
-    loops: list[Loop], shape: Shape, device: torch.device, folder: Path, arguments: argparse.Namespace
+    loops: list[Loop],
+    shape: Shape,
+    device: torch.device,
+    folder: Path,
+    arguments: argparse.Namespace,
+    left_out: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Every loop's facts, and its turns. A compiled loop that fails is left out; any other failure raises Failed."""
+    """Every loop's facts, and its turns. A compiled loop that fails is left out, and the reason noted in `left_out`;
+    any other failure raises Failed."""
     found: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
@@ -286,7 +288,7 @@ def compare(
         rounds = arguments.warm_up + arguments.rounds
         latest: dict[str, str] = {}
         for number in range(rounds):
-            shift = number % len(loops)
+            shift = number % max(1, len(loops))
             for loop in loops[shift:] + loops[:shift]:
                 if loop.name not in found:
                     continue
@@ -297,14 +299,19 @@ def compare(
                 except Failed as failure:
                     if not loop.compiled:
                         raise
-                    show_progress("")
-                    print(f"left out: {failure}")
+                    leave_out(loop, str(failure).removeprefix(f"{loop.name}: "), left_out)
                     del found[loop.name]
                     continue
                 found[loop.name]["turns"].append(turn)
                 latest[loop.name] = f"{1e3 * statistics.mean(turn['seconds']):.0f} ms"
     show_progress("")
     return found
+
+
+def leave_out(loop: Loop, reason: str, left_out: dict[str, str]) -> None:
+    show_progress("")
+    print(f"left out: {loop.name}: {reason}")
+    left_out[loop.name] = reason
 
 
 def summarise(found: dict[str, dict[str, Any]], loops: list[Loop], shape: Shape, warm_up: int) -> dict[str, Any]:
@@ -590,19 +597,22 @@ def chosen_shapes(device: torch.device, arguments: argparse.Namespace) -> list[S
     return chosen
 
 
-def chosen_loops(device: torch.device, arguments: argparse.Namespace) -> list[Loop]:
-    """All that there are, or those of --only. Raises UserError for a name that is none of theirs."""
-    compiled = arguments.compile
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile takes it
-    if compiled and not shutil.which(compiler):
-        print(f"left out: the compiled loops, for there is no C++ compiler {compiler}; install one or set CXX")
-        compiled = False
-    loops = contenders(device, dict.fromkeys(arguments.arch), compiled, bool(arguments.nanogpt))
+def chosen_loops(device: torch.device, arguments: argparse.Namespace) -> tuple[list[Loop], dict[str, str]]:
+    """All that there are, or those of --only; and the reasons of those that cannot run here. Raises UserError for a
+    name that is none of theirs."""
+    loops = contenders(device, dict.fromkeys(arguments.arch), arguments.compile, bool(arguments.nanogpt))
     names = [loop.name for loop in loops]
     for name in arguments.only or ():
         if name not in names:
             raise UserError(f"--only {name!r}: no such loop here; there are {', '.join(map(repr, names))}")
-    return [loop for loop in loops if not arguments.only or loop.name in arguments.only]
+    loops = [loop for loop in loops if not arguments.only or loop.name in arguments.only]
+    left_out: dict[str, str] = {}
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile takes it
+    if not shutil.which(compiler):
+        for loop in loops:
+            if loop.compiled:
+                leave_out(loop, f"there is no C++ compiler {compiler}; install one or set CXX", left_out)
+    return [loop for loop in loops if loop.name not in left_out], left_out
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -613,7 +623,7 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.profile and device.type != "cpu":
         raise UserError(f"--profile measures a CPU, not {device}; give --device cpu")
     chosen = [] if arguments.loss_memory else chosen_shapes(device, arguments)
-    loops = chosen_loops(device, arguments)
+    loops, impossible = chosen_loops(device, arguments)
     if arguments.out:
         check_writable(arguments.out)
     facts = machine(device)
@@ -630,15 +640,21 @@ def measure(arguments: argparse.Namespace) -> int:
                 found = profile_loops(loops, shape, device, Path(folder))
                 result.setdefault("profile", {})[shape.name] = found
                 continue
-            found = compare(loops, shape, device, Path(folder), arguments)
+            left_out = dict(impossible)
+            found = compare(loops, shape, device, Path(folder), arguments, left_out)
         if not found:
             raise UserError("no loop is left to compare")
         references = summarise(found, loops, shape, arguments.warm_up)
         print_table(found, references, shape)
         in_order &= losses_in_order(found)
-        result.setdefault("shapes", {})[shape.name] = {**vars(shape), "compared_with": references, "loops": found}
+        result.setdefault("shapes", {})[shape.name] = {
+            **vars(shape),
+            "compared_with": references,
+            "loops": found,
+            "left_out": left_out,
+        }
     if arguments.out:
-        write_atomically(arguments.out, json.dumps(result, indent=1, default=str) + "\n")
+        write_result(arguments.out, result)
     return 0 if in_order else 1
 
 

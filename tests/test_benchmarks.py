@@ -1,10 +1,11 @@
-"""benchmarks/train.py in small: every loop steps on the same tokens, and what is said of them adds up."""
+"""The benchmarks in small. Training: every loop steps on the same tokens, and what is said of them adds up."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -96,7 +97,7 @@ def test_the_whole_comparison(tmp_path: Path) -> None:
 
 def test_a_checkout_of_nanogpt_trains_with_its_own_optimizer(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "model.py").write_text(NANOGPT)
-    loops = train.chosen_loops(CPU, train.parse(["--nanogpt", str(tmp_path)]))
+    loops, _ = train.chosen_loops(CPU, train.parse(["--nanogpt", str(tmp_path)]))
     theirs = [loop for loop in loops if loop.program == "nanoGPT"]
     assert [loop.name for loop in theirs] == ["nanoGPT fp32", "nanoGPT bf16 autocast"]
     for loop in theirs:
@@ -109,14 +110,15 @@ def test_a_checkout_of_nanogpt_trains_with_its_own_optimizer(folder: Path, tmp_p
 
 def test_without_a_compiler_the_compiled_loops_are_left_out(monkeypatch, capsys) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    loops = train.chosen_loops(CPU, train.parse(["--compile"]))
+    loops, left_out = train.chosen_loops(CPU, train.parse(["--compile"]))
     assert [loop.name for loop in loops] == ["fastgpt", "plain fp32", "plain bf16 autocast", "plain bf16"]
-    assert capsys.readouterr().out.splitlines() == [
-        "left out: the compiled loops, for there is no C++ compiler no-such-compiler; install one or set CXX"
-    ]
+    reason = "there is no C++ compiler no-such-compiler; install one or set CXX"
+    assert left_out == dict.fromkeys(["plain fp32 compiled", "plain bf16 autocast compiled"], reason)
+    assert capsys.readouterr().out.splitlines() == [f"left out: {name}: {reason}" for name in left_out]
     monkeypatch.setenv("CXX", sys.executable)
-    loops = train.chosen_loops(CPU, train.parse(["--compile"]))
+    loops, left_out = train.chosen_loops(CPU, train.parse(["--compile"]))
     assert [loop.name for loop in loops if loop.compiled] == ["plain fp32 compiled", "plain bf16 autocast compiled"]
+    assert not left_out and capsys.readouterr().out == ""
 
 
 def test_the_loops_see_the_same_tokens(folder: Path) -> None:
@@ -168,7 +170,7 @@ class FakeWorker:
         pass
 
     def answer(self) -> dict[str, Any]:
-        return {"precision": "float32", "parameters": 1}
+        return {"precision": "float32", "parameters": 1, "milliseconds": {"GEMM": 3.0, "other": 1.0}}
 
     def ask(self, steps: int) -> dict[str, Any]:
         FakeWorker.asked.append(self.name)
@@ -182,10 +184,53 @@ def test_the_order_moves_on_and_a_loop_that_does_not_compile_is_left_out(monkeyp
     FakeWorker.asked = []
     a, b, c = (train.Loop("fastgpt", "auto"), train.Loop("plain", "float32", True), train.Loop("plain", "float32"))
     arguments = train.parse(["--rounds", "3", "--steps", "2"])
-    found = train.compare([a, b, c], SHAPE, CPU, Path(), arguments)
+    left_out: dict[str, str] = {}
+    found = train.compare([a, b, c], SHAPE, CPU, Path(), arguments, left_out)
     assert list(found) == [a.name, c.name]
+    assert left_out == {b.name: "no such header"}
     assert FakeWorker.asked == [loop.name for loop in (a, b, c, c, a, c, a, a, c)]
     assert capsys.readouterr().out == "left out: plain fp32 compiled: no such header\n"
+
+
+@pytest.mark.parametrize(
+    "compiler, reason",
+    [
+        ("no-such-compiler", "there is no C++ compiler no-such-compiler; install one or set CXX"),
+        ("true", "no such header"),
+    ],
+)
+def test_the_results_name_what_was_left_out(compiler: str, reason: str, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train, "Worker", FakeWorker)
+    monkeypatch.setenv("CXX", compiler)
+    FakeWorker.asked = []
+    out = tmp_path / "out.json"
+    only = ["--only", "fastgpt", "plain fp32", "plain fp32 compiled"]
+    assert train.main([*SIZES, "--device", "cpu", "--compile", *only, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["shapes"]["small"]
+    assert list(found["loops"]) == ["fastgpt", "plain fp32"]
+    assert found["left_out"] == {"plain fp32 compiled": reason}
+    assert train.main([*SIZES, "--device", "cpu", "--compile", "--only", "plain fp32 compiled"]) == 2
+
+
+def test_a_profile_is_in_the_results(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train, "Worker", FakeWorker)
+    out = tmp_path / "out.json"
+    assert train.main([*SIZES, "--device", "cpu", "--profile", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["profile"]["small"]["fastgpt"]
+    assert found["milliseconds"] == {"GEMM": 3.0, "other": 1.0} and found["precision"] == "float32"
+
+
+@pytest.mark.parametrize("name", ["train", "quality", "bench_prepare"])
+def test_a_benchmark_measures_the_checkout_that_it_is_in(name: str, tmp_path: Path) -> None:
+    """Whatever is installed. And what measures `prepare`, which does without torch, does not load it either."""
+    (tmp_path / "benchmarks").mkdir()
+    for file in BENCHMARKS.glob("*.py"):
+        shutil.copy(file, tmp_path / "benchmarks")
+    (tmp_path / "fastgpt").symlink_to(BENCHMARKS.parent / "fastgpt")
+    code = f"import sys; sys.path[0] = {str(tmp_path / 'benchmarks')!r}; import {name}, fastgpt; "
+    code += "print(fastgpt.__file__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "fastgpt/__init__.py"), str(name != "bench_prepare")], done.stderr
 
 
 def test_ratios_are_of_the_same_round() -> None:
