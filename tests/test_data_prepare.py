@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastgpt.data import Dataset, adopt_shards, documents, preparation, prepare, shards, verify
 from fastgpt.errors import UserError
@@ -69,11 +72,18 @@ def no_waiting_for_the_disk(monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Many pieces, the state saved after each."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 600)
-    monkeypatch.setattr(documents, "PART_BYTES", 500)
-    monkeypatch.setattr(documents, "SEARCH_BYTES", 100)
-    monkeypatch.setattr(documents, "LONG_DOCUMENT", 1500)
-    monkeypatch.setattr(preparation, "STATE_SECONDS", 0.0)
+    patch_small(monkeypatch)
+
+
+def patch_small(patch):
+    """Pieces, and blocks with a checksum of their own."""
+    patch.setattr(documents, "PIECE_BYTES", 600)
+    patch.setattr(documents, "PART_BYTES", 500)
+    patch.setattr(documents, "SEARCH_BYTES", 100)
+    patch.setattr(documents, "LONG_DOCUMENT", 1500)
+    patch.setattr(shards, "BLOCK_BYTES", 256)
+    patch.setattr(preparation, "BLOCK_BYTES", 256)
+    patch.setattr(preparation, "STATE_SECONDS", 0.0)
 
 
 # ---- what it writes --------------------------------------------------------------------------
@@ -659,9 +669,70 @@ def test_an_interrupted_folder_takes_no_other_inputs(tmp_path, small_pieces):
         prepare(config(tmp_path), progress=False)
     assert contents(tmp_path / "data") == before
     (tmp_path / "corpus" / "new.txt").unlink()
-    (tmp_path / "data" / "prepare.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged; remove"):
-        prepare(config(tmp_path), progress=False)
+    state = json.loads((tmp_path / "data" / "prepare.json").read_text())
+    for damage in ("{", "[]", "7", "[" * 100_000, '{"version": 2}', json.dumps({**state, "consumed": 1}), "\0"):
+        (tmp_path / "data" / "prepare.json").write_text(damage)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=r"prepare\.json is damaged; remove .*, or choose another --out_dir$"):
+                prepare(config(tmp_path, overwrite=overwrite), progress=False)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A corpus, the dataset it comes to, and what kills at several moments leave of it."""
+    root = tmp_path_factory.mktemp("interrupted")
+    corpus(root / "corpus", documents=6, words=90)
+    (root / "corpus" / "9999.txt").write_text(text(60, 900))
+    new = config(root, tokenizer="train", vocab_size=270, shard_tokens=400, val_fraction=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch_small(patch)
+        in_child(lambda: (kill_at(10**9, root / "count"), prepare(new.replace(out_dir=str(root / "whole")))))
+        last = int((root / "count").read_text()) - 1
+        moments = (5, last // 4, last // 2, 3 * last // 4, last - 12)
+        for event in moments:
+            killed = new.replace(out_dir=str(root / str(event)))
+            in_child(lambda event=event, killed=killed: (kill_at(event), prepare(killed)), -signal.SIGKILL)
+    return root, new, [root / str(event) for event in moments]
+
+
+def test_what_is_damaged_between_a_kill_and_the_resume_is_as_it_should_be(interrupted):
+    """There is something of every kind to damage, and no dataset is finished."""
+    _, _, folders = interrupted
+    names = [{path.name for path in folder.iterdir()} for folder in folders]
+    assert all("prepare.json" in found and "dataset.json" not in found for found in names)
+    endings = ("prepare.digests", "tokenizer.json", ".bin", ".bin.partial")
+    assert all(any(name.endswith(ending) for found in names for name in found) for ending in endings)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_between_a_kill_and_the_resume_is_refused_or_does_not_matter(interrupted, tmp_path_factory, data):
+    root, new, folders = interrupted
+    folder = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(data.draw(st.sampled_from(folders)), folder)
+    path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
+    content = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "flip", "truncate", "zero", "remove"]))
+    place = data.draw(st.integers(0, max(0, 8 * len(content) - 1)))
+    if kind == "flip" and content:
+        content[place // 8] ^= 1 << place % 8
+    elif kind == "truncate":
+        del content[place // 8 :]
+    elif kind == "zero":
+        content[place // 8 : place // 8 + 64] = bytes(len(content[place // 8 : place // 8 + 64]))
+    path.write_bytes(content)
+    if kind == "remove":
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch_small(patch)
+        try:
+            prepare(new.replace(out_dir=str(folder)), progress=False)
+        except UserError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+            assert not (folder / "dataset.json").exists()
+        else:
+            assert contents(folder) == contents(root / "whole")
 
 
 def test_an_interrupt_keeps_what_was_done(tmp_path, small_pieces, monkeypatch):

@@ -114,6 +114,57 @@ def test_writing_goes_back_to_any_earlier_length(tmp_path):
         assert contents(folder) == contents(expected)
 
 
+def test_a_state_is_that_of_a_split_of_its_length_and_reads_one_block_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgpt.data.shards.BLOCK_BYTES", 8)
+    ids = np.random.default_rng(0).integers(0, 2**16, 45).astype(np.uint16)
+    writer = ShardWriter(tmp_path, "train", UINT16, 20)
+    read, states = ShardWriter.read, [writer.state()]
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "read", lambda *_: pytest.fail("read for the state of a whole split"))
+        for i in range(len(ids)):
+            writer.append(ids[i : i + 1])
+            states.append(writer.state())
+    sizes = []
+
+    def measured(self, start, stop):
+        sizes.append(stop - start)
+        return read(self, start, stop)
+
+    monkeypatch.setattr(ShardWriter, "read", measured)
+    for tokens, state in enumerate(states):
+        del sizes[:]
+        assert writer.state(tokens) == state
+        assert sum(sizes) < 8 // ids.itemsize and len(sizes) <= 1
+
+
+def test_going_on_takes_no_byte_that_has_changed(tmp_path, monkeypatch):
+    """Every bit of every file that the state speaks of, but for the header that is still to be written."""
+    monkeypatch.setattr("fastgpt.data.shards.BLOCK_BYTES", 8)
+    ids = np.random.default_rng(0).integers(0, 2**16, 9).astype(np.uint16)
+    writer = ShardWriter(tmp_path, "train", UINT16, 6)
+    writer.append(ids)
+    state = json.loads(json.dumps(writer.state()))
+    writer.close()
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for bit in (*range(0, 8 * HEADER_BYTES, 97), *range(8 * HEADER_BYTES, 8 * len(whole))):
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            if path.suffix == ".partial" and bit < 8 * HEADER_BYTES:
+                writer.restore(state)
+                np.testing.assert_array_equal(writer.read(0, 9), ids)
+            else:
+                with pytest.raises(UserError, match=rf"{path.name} has changed since .*; remove {tmp_path} and start"):
+                    writer.restore(state)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(UserError, match=rf"{path.name}: expected .*; remove {tmp_path} and start again, or choose"):
+            writer.restore(state)
+        path.write_bytes(whole)
+    writer.restore(state)
+    assert writer.state() == state
+
+
 # ---- the stream over the shards --------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ each split's shards have come) is synced to the disk, so a run that was killed g
 cut back to that state, and what follows is a function of the inputs alone. dataset.json is written last, so a
 folder either holds a whole dataset or none.
 
-In the folder while it works: prepare.json (the state), prepare.digests (of the documents so far), *.partial.
+In the folder while it works: prepare.json (the state), prepare.digests (of the documents so far), *.partial. The state
+has a checksum of itself and those of all that it speaks of; what does not match them is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import Future
@@ -47,13 +49,13 @@ from .documents import (
 )
 from .encode import Encoded, Encoder, Texts
 from .pool import Inline, WorkerPool
-from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for
+from .shards import BLOCK_BYTES, MAX_SHARD_TOKENS, ShardWriter, dtype_for, start_again
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 STATE_FILE, DIGESTS_FILE = "prepare.json", "prepare.digests"
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 STATE_SECONDS = 5.0  # between two states on the disk: what a kill can cost
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -139,6 +141,7 @@ class _Preparation:
         self.val_is_the_end = False  # of the text, as there were too few documents to choose from
         self.tokenizer_owned = False
         self.digests = DigestSet()
+        self.digests_crc = 0  # of prepare.digests
         self.encoded_ids = self.encoded_input = 0  # what the size of the whole is estimated from
         self.pool: Inline | WorkerPool | None = None
         self.writers: dict[str, ShardWriter] = {}
@@ -265,14 +268,14 @@ class _Preparation:
     def _interrupted_state(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         path = self.folder / STATE_FILE
         try:
-            state = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             self._refuse_files_of_others(())
             return self._new_state(tokenizer, tokenizer_owned=False)
-        except ValueError:
-            state = {}
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"{path} is damaged; remove {self.folder} and start again")
+        state = _unsealed(content)
+        if state is None or state["version"] != STATE_VERSION:
+            what = "is damaged" if state is None else "is of another version of fastgpt"
+            raise UserError(f"{path} {what}; {start_again(self.folder)}")
         if state["fingerprint"] == self.fingerprint:
             return state
         if self.config.overwrite:
@@ -315,7 +318,10 @@ class _Preparation:
 
         path = self.folder / TOKENIZER_FILE
         if tokenizer is None and resumed is not None:
-            tokenizer = Tokenizer.load(path)
+            try:
+                tokenizer = Tokenizer.load(path)
+            except UserError as error:
+                raise UserError(f"{error}; {start_again(self.folder)}") from None
         elif tokenizer is None:
             self.show.line("training the tokenizer")
             began = time.perf_counter()
@@ -333,8 +339,8 @@ class _Preparation:
                 )
             self.show.line(line)
         if resumed is not None and tokenizer.sha256 != resumed["tokenizer_sha256"]:
-            raise UserError(f"{path} is not the tokenizer of the interrupted run; remove {self.folder} and start again")
-        if resumed is None and self.tokenizer_owned:
+            raise UserError(f"{path} is not the tokenizer of the interrupted run; {start_again(self.folder)}")
+        if self.tokenizer_owned:  # a resumed run's too: damage may leave the same tokenizer in other bytes
             write_atomically(path, self._tokenizer_text(tokenizer))
         else:
             self._refuse_another_tokenizer(tokenizer)
@@ -455,6 +461,7 @@ class _Preparation:
                 self.long_split, self.long_kept = split, kept
                 if kept:
                     self.digests_file.write(digest)
+                    self.digests_crc = zlib.crc32(digest, self.digests_crc)
             if not kept:
                 self.duplicates += piece.last
                 continue
@@ -552,13 +559,10 @@ class _Preparation:
             writer.sync()
         self.digests_file.flush()
         os.fsync(self.digests_file.fileno())
-        splits = {}
-        for split, writer in self.writers.items():
-            shards, partial = writer.shards, writer.partial_tokens
-            if truncated and split in truncated:
-                whole, partial = divmod(truncated[split], self.config.shard_tokens)
-                shards = shards[:whole]
-            splits[split] = {"shards": shards, "partial_tokens": partial, **self.counts[split]}
+        splits = {
+            split: {**writer.state((truncated or {}).get(split)), **self.counts[split]}
+            for split, writer in self.writers.items()
+        }
         self._write_state(
             {
                 "tokenizer_owned": self.tokenizer_owned,
@@ -569,6 +573,7 @@ class _Preparation:
                 "long_kept": self.long_kept,
                 "splits": splits,
                 "digests": len(self.digests),
+                "digests_crc32": self.digests_crc,
                 "duplicates": self.duplicates,
                 "empty": self.empty,
                 "replaced": self.replaced,
@@ -578,25 +583,28 @@ class _Preparation:
 
     def _write_state(self, state: dict[str, Any]) -> None:
         head = {"version": STATE_VERSION, "fingerprint": self.fingerprint, "settings": self.settings}
-        write_atomically(self.folder / STATE_FILE, json.dumps({**head, **state}) + "\n")
+        write_atomically(self.folder / STATE_FILE, _sealed({**head, **state}))
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         path = self.folder / DIGESTS_FILE
         if state is None:
             for writer in self.writers.values():
-                writer.restore([], 0)
+                writer.truncate(0)
             self.digests_file = open(path, "wb")  # noqa: SIM115 - closed by _close()
             return
         for split, writer in self.writers.items():
             saved = state["splits"][split]
-            writer.restore(saved["shards"], saved["partial_tokens"])
+            writer.restore(saved)
             self.counts[split] = {name: saved[name] for name in ("documents", "text_bytes")}
+        if not path.is_file() or path.stat().st_size < DIGEST_BYTES * state["digests"]:
+            raise UserError(f"{path} is shorter than the interrupted run left it; {start_again(self.folder)}")
         self.digests_file = open(path, "r+b")  # noqa: SIM115 - closed by _close()
         for _ in range(state["digests"]):
             digest = self.digests_file.read(DIGEST_BYTES)
-            if len(digest) < DIGEST_BYTES:
-                raise UserError(f"{path} is shorter than the interrupted run left it; remove {self.folder}")
             self.digests.add(digest)
+            self.digests_crc = zlib.crc32(digest, self.digests_crc)
+        if self.digests_crc != state["digests_crc32"]:
+            raise UserError(f"{path} has changed since the interrupted run wrote it; {start_again(self.folder)}")
         self.digests_file.truncate(DIGEST_BYTES * state["digests"])
         self.digests_file.seek(0, os.SEEK_END)
         self.position = Position(**state["position"])
@@ -676,6 +684,24 @@ class _Preparation:
             f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, as {meta['dtype']}, in "
             f"{report['seconds']:.1f} s ({report['mb_per_second']:.1f} MB/s)" + "".join(f"; {note}" for note in notes)
         )
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(state: dict[str, Any]) -> str:
+    """The text of prepare.json: the state and its checksum."""
+    return json.dumps({**state, "sha256": _checksum(state)}) + "\n"
+
+
+def _unsealed(content: bytes) -> dict[str, Any] | None:
+    """The state that `_sealed` wrote; None where the content is anything else."""
+    try:
+        state = json.loads(content)
+        return state if isinstance(state, dict) and state.pop("sha256", None) == _checksum(state) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 class _Progress:

@@ -114,6 +114,11 @@ def block_checksums(path: Path, offset: int, block_bytes: int = BLOCK_BYTES) -> 
             yield zlib.crc32(block)
 
 
+def start_again(folder: Path) -> str:
+    """The remedy where files of an interrupted run are damaged."""
+    return f"remove {folder} and start again, or choose another --out_dir"
+
+
 class ShardWriter:
     """Writes one split's ids into shards of `shard_tokens` ids, able to go back to an earlier length.
 
@@ -132,10 +137,19 @@ class ShardWriter:
         """Ids written, over all shards."""
         return sum(shard["tokens"] for shard in self.shards) + self._count
 
-    @property
-    def partial_tokens(self) -> int:
-        """Ids in the shard in hand."""
-        return self._count
+    def state(self, tokens: int | None = None) -> dict[str, Any]:
+        """What `restore` goes back to: the split as it is, or cut to its first `tokens` ids. No more is read for it
+        than the one block that the cut parts."""
+        whole, rest = divmod(self.tokens if tokens is None else tokens, self.shard_tokens)
+        crcs = self.shards[whole]["crc32"] if whole < len(self.shards) else self._crcs
+        blocks, left = divmod(rest * self.dtype.itemsize, BLOCK_BYTES)
+        if left and tokens is None:
+            blocks, left = blocks + 1, 0
+        crcs = crcs[:blocks]
+        if left:
+            end = whole * self.shard_tokens + rest
+            crcs.append(zlib.crc32(self.read(end - left // self.dtype.itemsize, end).tobytes()))
+        return {"shards": self.shards[:whole], "partial_tokens": rest, "partial_crc32": crcs}
 
     def append(self, ids: np.ndarray) -> None:
         """Write ids, (n,) of the split's dtype, opening and finishing shards as they fill."""
@@ -163,16 +177,27 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def restore(self, shards: list[dict[str, Any]], partial_tokens: int) -> None:
-        """Go back to `shards` finished and `partial_tokens` ids in the next; later files are deleted.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned in an earlier process; later files are deleted.
 
-        Raises UserError where the disk holds less than that.
+        Every byte that is kept is read. Raises UserError where the disk holds less than that, or other bytes.
         """
-        self.close()
-        for shard in shards:
+        remedy = start_again(self.folder)
+        for shard in state["shards"]:
             path = self.folder / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise UserError(f"{path}: expected {shard['bytes']} bytes from the interrupted run")
+                raise UserError(f"{path}: expected {shard['bytes']} bytes from the interrupted run; {remedy}")
+            with open(path, "rb") as file:
+                intact = file.read(HEADER_BYTES) == header(self.dtype, shard["tokens"])
+            if not intact or list(block_checksums(path, HEADER_BYTES, BLOCK_BYTES)) != shard["crc32"]:
+                raise UserError(f"{path} has changed since the interrupted run wrote it; {remedy}")
+        self._go_back(state["shards"], state["partial_tokens"])
+        if self._crcs != state["partial_crc32"]:
+            path = self._partial(len(self.shards))
+            raise UserError(f"{path} has changed since the interrupted run wrote it; {remedy}")
+
+    def _go_back(self, shards: list[dict[str, Any]], partial_tokens: int) -> None:
+        self.close()
         self.shards = list(shards)
         self._start_shard()
         partial, final = self._partial(len(shards)), self._final(len(shards))
@@ -186,7 +211,9 @@ class ShardWriter:
             partial.unlink(missing_ok=True)
             return
         if not partial.is_file() or partial.stat().st_size < wanted:
-            raise UserError(f"{partial}: expected at least {wanted} bytes from the interrupted run")
+            raise UserError(
+                f"{partial}: expected at least {wanted} bytes from the interrupted run; {start_again(self.folder)}"
+            )
         os.truncate(partial, wanted)
         self._file = open(partial, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
         self._file.seek(HEADER_BYTES)
@@ -197,7 +224,7 @@ class ShardWriter:
     def truncate(self, tokens: int) -> None:
         """Keep only the first `tokens` ids of the split."""
         whole, rest = divmod(tokens, self.shard_tokens)
-        self.restore(self.shards[:whole], rest)
+        self._go_back(self.shards[:whole], rest)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids start..stop of what has been written so far."""
