@@ -207,14 +207,14 @@ def train(argv: list[str], prog: str) -> int:
 
         return _print(report(estimate(config), config) + "\n")
     with _output_may_fail():
-        from .estimate import warm_up_warning
+        from .estimate import plan_warnings
         from .progress import ConsoleProgress
         from .train import EXIT_INTERRUPTED, Trainer
 
         trainer = Trainer(
             config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
         )
-        for warning in warm_up_warning(config):
+        for warning in plan_warnings(config, trainer.data.tokens):
             trainer.warn(warning)
         trainer.fit()
         if not trainer.interrupted:

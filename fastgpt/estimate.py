@@ -234,23 +234,24 @@ def report(found: Estimate, config: TrainConfig) -> str:
         lines.append(
             "The disk is too small for the checkpoints: give another --out_dir or lower --checkpoint.keep_last."
         )
-    if found.epochs is not None and found.epochs > MANY_EPOCHS:
-        lines.append(
-            f"It reads the {found.dataset_tokens:,} training tokens {found.epochs:,.0f} times over, and after some "
-            f"{MANY_EPOCHS} a model only learns them by heart: lower --steps or --batch_tokens, or prepare more text."
-        )
     if found.seconds > LONG_SECONDS:
         tiny = "" if config.model.n_embd <= PRESETS["tiny"]["n_embd"] else "--preset tiny, "
         lines.append(f"It takes longer than a day here: try {tiny}fewer --steps or a smaller --batch_tokens.")
-    return "\n".join([*lines, *warm_up_warning(config)])
+    return "\n".join([*lines, *plan_warnings(config, found.dataset_tokens)])
 
 
-def warm_up_warning(config: TrainConfig) -> list[str]:
-    """A line where the warm-up lasts as long as the run, else nothing."""
-    warm_up = config.optim.warmup_steps
-    if not 0 < config.steps <= warm_up:
-        return []
-    return [
-        f"The learning rate never reaches its peak: the warm-up takes {warm_up:,} steps, the run {config.steps:,}; "
-        f"lower --optim.warmup_steps or raise --steps."
-    ]
+def plan_warnings(config: TrainConfig, dataset_tokens: int | None) -> list[str]:
+    """A line each where the run reads its data very many times, and where the warm-up lasts as long as the run."""
+    lines, warm_up = [], config.optim.warmup_steps
+    epochs = config.steps * config.batch_tokens / dataset_tokens if dataset_tokens else 0.0
+    if epochs > MANY_EPOCHS:
+        lines.append(
+            f"It reads the {dataset_tokens:,} training tokens {epochs:,.0f} times over, and after some {MANY_EPOCHS} a "
+            f"model only learns them by heart: lower --steps or --batch_tokens, or prepare more text."
+        )
+    if 0 < config.steps <= warm_up:
+        lines.append(
+            f"The learning rate never reaches its peak: the warm-up takes {warm_up:,} steps, the run {config.steps:,}; "
+            f"lower --optim.warmup_steps or raise --steps."
+        )
+    return lines

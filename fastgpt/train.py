@@ -167,7 +167,8 @@ class Trainer:
                     self._save()
                 if self._stop or progress.step >= config.steps:
                     break
-                metrics = self._step()
+                if (metrics := self._step()) is None:
+                    break
                 last = progress.step == config.steps
                 evaluate_now = last or bool(config.eval.every and progress.step % config.eval.every == 0)
                 progress.evaluation_due = evaluate_now and self.validation.tokens > 0
@@ -188,8 +189,9 @@ class Trainer:
         """A signal ended fit() before the last step."""
         return self._stop is not None and self.progress.step < self.config.steps
 
-    def _step(self) -> dict[str, Any]:
-        """One optimizer step: gradients accumulated over the micro-batches, clipped as a whole, applied."""
+    def _step(self) -> dict[str, Any] | None:
+        """One optimizer step: gradients accumulated over the micro-batches, clipped as a whole, applied. None, with
+        nothing changed, where a signal comes between two micro-batches."""
         config, progress, step = self.config, self.progress, self.progress.step
         began = time.perf_counter()
         per_step = config.accumulation * config.micro_batch_size
@@ -199,6 +201,9 @@ class Trainer:
         targets = max(1, sum(batch.n_targets for batch in micro_batches))
         parts = []
         for number, batch in enumerate(micro_batches):
+            if self._stop is not None:
+                self.optimizer.zero_grad()
+                return None
             if config.model.dropout:
                 torch.manual_seed((config.seed * 1_000_003 + step * config.accumulation + number) % 2**63)
             part = self._loss(batch, targets)
@@ -325,7 +330,10 @@ class Trainer:
 
     def _find_checkpoint(self, resume: str | None) -> Checkpoint | None:
         if resume == "auto":
-            return latest(self.run_dir, self.warn)
+            found = latest(self.run_dir, self.warn)
+            if found is None:
+                self.warn(f"nothing to resume in {self.run_dir}: a new run begins")
+            return found
         own = latest(self.run_dir, self.warn, optimizer=False)
         if resume is not None:
             checkpoint = resolve(resume)

@@ -282,6 +282,17 @@ def test_missing_files_and_folders_are_named(damaged, tmp_path):
     assert len(verify(damaged)) == 1
 
 
+def test_a_changed_or_missing_tokenizer_is_found(damaged):
+    assert verify(damaged) == []
+    path = damaged / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    (problem,) = verify(damaged)
+    assert "tokenizer.json" in problem
+    path.unlink()
+    (problem,) = verify(damaged)
+    assert "tokenizer" in problem
+
+
 def test_a_changed_dataset_json_is_refused(damaged):
     path = damaged / "dataset.json"
     meta = json.loads(path.read_text())

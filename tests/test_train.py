@@ -167,6 +167,30 @@ def test_stop_and_resume_equals_not_stopping(data, tmp_path):
         assert curve(tmp_path / f"stopped{step}") == curve(tmp_path / "whole")
 
 
+def test_a_signal_between_two_micro_batches_drops_the_step(data, tmp_path, monkeypatch):
+    """A long step is not waited for, and the run that goes on is the one that never stopped."""
+    four = config(data, tmp_path / "run", micro_batch_size=2)
+    assert four.accumulation == 4
+    whole = Trainer(four.replace(out_dir=str(tmp_path / "whole")))
+    whole.fit()
+    trainer, loss, calls = Trainer(four), Trainer._loss, []
+
+    def signalled(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4 * 5 + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loss", signalled)
+        assert trainer.fit().step == 5
+    assert trainer.interrupted and len(calls) == 4 * 5 + 2
+    assert all(p.grad is None for p in trainer.model.parameters())
+    Trainer(four, resume="auto").fit()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
 def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(data, tmp_path, monkeypatch):
     import fastgpt.data
 

@@ -155,7 +155,7 @@ class Dataset:
         if self.vocab_size != vocab_size:
             raise UserError(
                 f"the dataset {self.folder} has a vocabulary of {self.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; give --model.vocab_size {self.vocab_size}"
+                f"{vocab_size}; a new run takes --model.vocab_size {self.vocab_size}, a resumed one its first data"
             )
         self.tokenizer()
         for name, stream in self._streams.items():
@@ -246,7 +246,7 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any], dtype: np.dtype)
 
 
 def verify(path: str | Path) -> list[str]:
-    """Read every shard and compare it with the checksums in dataset.json.
+    """Read every shard and the tokenizer and compare them with the checksums in dataset.json.
 
     Returns one line for each problem, naming shard and block; an empty list means that all is as it was written.
     Raises UserError where there is no dataset or dataset.json itself is damaged.
@@ -254,6 +254,10 @@ def verify(path: str | Path) -> list[str]:
     folder = Path(path)
     meta = read_meta(folder)
     problems = []
+    try:
+        Dataset(folder, meta, {}).tokenizer()
+    except UserError as error:
+        problems.append(str(error))
     for split in SPLITS:
         for entry in meta["splits"][split]["shards"]:
             shard = folder / entry["file"]

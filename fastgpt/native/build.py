@@ -40,6 +40,7 @@ _TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}0
 _BINDING = ["-O3", "-std=c++20", _TARGET, *_COMMON]
 # Every access of a kernel to memory calls a function of csrc/emulator; debug information names its source line.
 _KERNEL = ["-x", "c++", "-std=c++17", "-O1", "-g", "-fno-tree-sra", "-fno-omit-frame-pointer", "-fno-strict-aliasing"]
+_KERNEL += ["-fno-builtin-memcpy", "-fno-builtin-memset"]  # which would be expanded after the hooks are placed
 _KERNEL += ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-func-entry-exit=0", *_COMMON]
 _KERNEL += ["-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-unused-function"]
 _EMULATOR = ["-O2", "-g1", "-std=c++20", *_COMMON]
