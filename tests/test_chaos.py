@@ -167,7 +167,7 @@ def undeletable() -> None:
     own_mounts()
     done: list[Path] = []
 
-    def hold(keeper, best_step) -> None:
+    def hold(keeper) -> None:
         if (found := ckpt.steps_on_disk(keeper.run_dir)) and not done:
             (found[0] / "mounted").mkdir()
             mount(str(found[0] / "mounted"), "size=1m")
@@ -502,9 +502,9 @@ def test_a_disk_that_is_full_for_a_while(runs):
     run = runs.start("run", ["small_files", [5, 8, 1200]], steps=12)
     assert run.wait() == 0
     warnings = run.complaints()
-    assert sum("could not save a checkpoint" in line for line in warnings) == 2, warnings  # best at 8, every third
+    assert sum("could not save a checkpoint" in line for line in warnings) == 1, warnings  # then not before it was said
     assert sum("metrics.jsonl (File too large); it is kept" in line for line in warnings) == 1, warnings
-    assert len(warnings) == 3, warnings
+    assert len(warnings) == 2, warnings
     assert_same_run(runs.folder / "run", whole)
     assert leftovers(runs.folder / "run") == []
 
@@ -521,14 +521,14 @@ def test_a_disk_that_stays_full(runs):
     assert run.wait() == 2
     short, first, second, refusal = run.complaints()
     assert short.startswith("fastgpt: warning: too little space at") and "lower --checkpoint.keep_last" in short
-    for line, again in ((first, 24), (second, 26)):
+    for line, again in ((first, 24), (second, 32)):
         assert line.startswith("fastgpt: warning: could not save a checkpoint in") and "No space left" in line
         assert f"tried again at step {again}" in line
     assert refusal.startswith("fastgpt: error: could not save a checkpoint in")
     assert refusal.endswith("3 times in a row; make room and resume")
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step-00000002"]
     assert leftovers(copy) == []
-    assert curve(copy) == [row for row in curve(whole) if row["step"] <= 8], "the rows up to the end are there"
+    assert curve(copy) == curve(whole), "the rows up to the end are there"
     assert_same_run(runs.finish("copy", **changes), whole)
 
 
