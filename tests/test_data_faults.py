@@ -6,11 +6,9 @@ import gzip
 import hashlib
 import json
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from fastgpt.data.shards import HEADER_BYTES, UINT16, UINT32
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
 
-from .data_cases import config, contents, corpus, small_tokenizer, text
+from .data_cases import config, corpus, small_tokenizer, text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,26 +95,6 @@ def test_invalid_text_is_replaced_and_counted_when_asked_for(tmp_path, monkeypat
     Path("bad.txt").write_bytes(b"one\xff\xfetwo " * 30)
     assert cli.main(["prepare", "bad.txt", "--errors", "replace", "--vocab_size", "257", "--workers", "1"]) == 0
     assert "; 60 invalid UTF-8 sequences replaced\n" in capsys.readouterr().err
-
-
-def test_killed_while_the_tokenizer_is_trained(tmp_path):
-    corpus(tmp_path / "corpus", documents=4, words=60_000)
-    new = config(tmp_path, tokenizer="train", vocab_size=600, shard_tokens=10**6)
-    prepare(new.replace(out_dir=str(tmp_path / "whole")), progress=False)
-    settings = tmp_path / "prepare.json"
-    settings.write_text(new.to_json())
-    command = [sys.executable, "-m", "fastgpt", "prepare", "--config", str(settings)]
-    for seconds in (0, 0.1):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        assert process.stderr.readline() == "training the tokenizer\n"
-        time.sleep(seconds)
-        process.kill()
-        assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
-        assert [path.name for path in (tmp_path / "data").iterdir()] == ["prepare.json"]
-        with pytest.raises(UserError, match=r"holds no dataset\.json"):
-            Dataset.open(tmp_path / "data")
-    prepare(new, progress=False)
-    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
 # ---- what training finds ---------------------------------------------------------------------
@@ -237,9 +215,9 @@ def cost(settings):
     return tuple(map(float, out.split()))
 
 
-def assert_linear(small, large):
-    """Of four times the size: nearer to four times the time than to sixteen times."""
-    assert large < 8 * small
+def assert_linear(small, large, least=0.0):
+    """Of four times the size: nearer to four times the time than to sixteen times. `least` is what any size takes."""
+    assert large - least < 8 * (small - least)
 
 
 ENDLESS = {"one character": "a", "no white space": "abcdefghij日本0123.", "NUL": "\0", "blanks": " "}
@@ -273,18 +251,19 @@ def test_one_endless_line_takes_linear_time_and_bounded_memory(tmp_path, kind, m
     assert found.hexdigest() == hashlib.sha256(written.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("files", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", [8000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_tiny_files_take_linear_time_and_little_memory(tmp_path, files):
     costs = []
-    for count in (files // 4, files):
+    for count in (1, files // 4, files):
         folder = tmp_path / f"files{count}"
         folder.mkdir()
         for i in range(count):
             (folder / f"{i}.txt").write_text(str(i))
-        settings = config(tmp_path, inputs=(str(folder),), out_dir=str(tmp_path / f"data{count}"), shard_tokens=10**6)
+        options = dict(out_dir=str(tmp_path / f"data{count}"), val_fraction=0.0, shard_tokens=10**6)
+        settings = config(tmp_path, inputs=(str(folder),), **options)
         costs.append(cost(settings))
         meta = json.loads((tmp_path / f"data{count}" / "dataset.json").read_text())
         assert sum(split["documents"] for split in meta["splits"].values()) == count
-    (small_time, small_memory), (large_time, large_memory) = costs
-    assert_linear(small_time, large_time)
+    (least_time, _), (small_time, small_memory), (large_time, large_memory) = costs
+    assert_linear(small_time, large_time, least_time)
     assert large_memory - small_memory < 4096 * (files - files // 4)  # below the least that a file takes on a disk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data import Dataset, adopt_shards, documents, preparation, prepare, shards, verify
+from fastgpt.data.shards import UINT16
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
 
@@ -203,6 +205,7 @@ def test_a_character_is_not_cut_in_two(tmp_path, length):
 
 def test_a_tokenizer_is_trained_on_the_training_split_alone(tmp_path, monkeypatch):
     expected = corpus(tmp_path / "corpus")
+    small_tokenizer()  # trained before training is watched
     seen = []
     train = Tokenizer.train.__func__
 
@@ -601,6 +604,27 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, small_piece
         folder.rmdir()
 
 
+def test_killed_while_the_tokenizer_is_trained(tmp_path):
+    texts = corpus(tmp_path / "corpus", documents=4)
+    new = config(tmp_path, tokenizer="train", vocab_size=270, val_fraction=0.0)
+    prepare(new.replace(out_dir=str(tmp_path / "whole")), progress=False)
+    given = preparation._Preparation._training_texts
+    for count in range(len(texts) + 1):
+
+        def killing(self, count=count):
+            yield from itertools.islice(given(self), count)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preparation._Preparation, "_training_texts", killing)
+            in_child(lambda: prepare(new, progress=False), -signal.SIGKILL)
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["prepare.json"]
+        with pytest.raises(UserError, match=r"holds no dataset\.json"):
+            Dataset.open(tmp_path / "data")
+    prepare(new, progress=False)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
 SCRIPT = """
 from fastgpt.config import PrepareConfig
 from fastgpt.data import prepare, preparation
@@ -820,7 +844,7 @@ def test_a_full_file_system(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs root and mount")
     try:
-        corpus(tmp_path / "corpus", words=1500)
+        texts = corpus(tmp_path / "corpus", words=1500)
         with pytest.raises(
             UserError, match=r"No space left on device; the dataset needs about [\d,]+ bytes and"
         ) as caught:
@@ -829,9 +853,11 @@ def test_a_full_file_system(tmp_path):
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    prepare(config(tmp_path), progress=False)
-    size = sum(path.stat().st_size for path in (tmp_path / "data").glob("*.bin"))
-    assert size / 2 < needed < 2 * size
+    # it goes by the documents read so far: what they came to, for each byte, lies between the extremes of the documents
+    tokenizer = small_tokenizer()
+    sizes = [(UINT16.itemsize * (len(tokenizer.encode(t)) + 1), len(t.encode())) for t in texts]
+    rates, total = [ids / size for ids, size in sizes], sum(size for _, size in sizes)
+    assert math.floor(min(rates) * total) <= needed <= math.ceil(max(rates) * total)
 
 
 # ---- how it is used --------------------------------------------------------------------------
