@@ -83,14 +83,22 @@ def stop(place: str, number: int, count: int) -> None:
 
 
 def note_batches(path: str) -> None:
-    """Append the number of every sample that is trained on to a file."""
+    """Append the numbers of the samples of every step to a file, when it is done: a signal may drop it before."""
     from fastgpt.data import Batches
 
-    def note(self, first: int, *args, **kwargs) -> None:
-        with open(path, "a") as file:
-            file.write(f"{first}\n")
+    read: list[int] = []
+    step = train.Trainer._step
 
-    before(Batches, "batch", note)
+    def noted(trainer: train.Trainer) -> dict[str, Any] | None:
+        read.clear()
+        metrics = step(trainer)
+        if metrics is not None:
+            with open(path, "a") as file:
+                file.writelines(f"{first}\n" for first in read)
+        return metrics
+
+    before(Batches, "batch", lambda self, first, *args, **kwargs: read.append(first))
+    train.Trainer._step = noted
 
 
 def save_killed(run: str, call: int) -> None:
@@ -283,10 +291,13 @@ class Runs:
     def __init__(self, server: subprocess.Popen, folder: Path, data: Path):
         self.server, self.folder, self.data = server, folder, data
 
-    def start(self, name: str, *actions: list, argv: tuple = ("--resume", "auto"), **changes) -> Run:
+    def start(self, name: str, *actions: list, argv: tuple = (), **changes) -> Run:
+        """Resumed, unless `argv` is given or there is nothing to resume, which is warned of."""
         file = self.folder / f"{name}.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(config(self.data, self.folder / name, **changes).to_toml())
+        if not argv and ckpt.steps_on_disk(self.folder / name):
+            argv = ("--resume", "auto")
         argv = ["--config", str(file), *argv]
         return Run(self.server, argv, list(actions), self.folder / f"{name}.log")
 
@@ -441,7 +452,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint(runs):
 
 # Where a run is stopped, one after the other: place, signal, how many times it has come there in its part of the run.
 STOPS = (
-    ("micro-batch", signal.SIGTERM, 3),  # between the two halves of the second step
+    ("micro-batch", signal.SIGTERM, 3),  # between the two halves of the second step, which is dropped
     ("save", signal.SIGINT, 2),
     ("evaluation", signal.SIGTERM, 2),
     ("metrics", signal.SIGINT, 2),
@@ -464,7 +475,7 @@ def test_a_run_stopped_everywhere_equals_one_never_stopped(runs, precision, opti
         assert run.wait() == train.EXIT_INTERRUPTED, (place, run.said())
         assert run.complaints() == []
         reached.append(ckpt.steps_on_disk(runs.folder / "run")[-1].name)
-    assert reached[0] == "step-00000002" and reached == sorted(reached) and reached[-1] < "step-00000024"
+    assert reached[0] == "step-00000001" and reached == sorted(reached) and reached[-1] < "step-00000024"
     assert_same_run(runs.finish("run", parts, **changes), whole)
     assert (runs.folder / "parts").read_text() == (runs.folder / "all").read_text(), "no sample is repeated or skipped"
 
@@ -473,7 +484,7 @@ def test_a_run_stopped_everywhere_equals_one_never_stopped(runs, precision, opti
 def test_stopped_on_either_side_of_an_epochs_end(runs, step):
     whole = runs.finish("whole", ["note_batches", [str(runs.folder / "all")]])
     parts = ["note_batches", [str(runs.folder / "parts")]]
-    assert runs.start("run", parts, ["stop", ["step", signal.SIGTERM, step]]).wait() == train.EXIT_INTERRUPTED
+    assert runs.start("run", parts, ["stop", ["step", signal.SIGTERM, step + 1]]).wait() == train.EXIT_INTERRUPTED
     assert ckpt.latest(runs.folder / "run").state["step"] == step
     assert_same_run(runs.finish("run", parts), whole)
     assert (runs.folder / "parts").read_text() == (runs.folder / "all").read_text()
