@@ -729,6 +729,22 @@ def test_what_is_damaged_between_a_kill_and_the_resume_is_as_it_should_be(interr
     assert all(any(name.endswith(ending) for found in names for name in found) for ending in endings)
 
 
+def test_changed_digests_are_refused_and_a_tokenizer_spelt_otherwise_is_mended(interrupted, tmp_path, small_pieces):
+    root, new, folders = interrupted
+    new = new.replace(out_dir=str(tmp_path / "data"))
+    shutil.copytree(folders[2], tmp_path / "data")
+    digests, tokenizer = (tmp_path / "data" / name for name in ("prepare.digests", "tokenizer.json"))
+    whole = digests.read_bytes()
+    for damaged, message in ((bytes([whole[0] ^ 1]) + whole[1:], "has changed since"), (whole[:15], "is shorter than")):
+        digests.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"prepare\.digests {message} .*; remove .* or choose another --out_dir$"):
+            prepare(new, progress=False)
+    digests.write_bytes(whole)
+    tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
+    assert prepare(new, progress=False)["run"]["resumed"]
+    assert contents(tmp_path / "data") == contents(root / "whole")
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_damage_between_a_kill_and_the_resume_is_refused_or_does_not_matter(interrupted, tmp_path_factory, data):
