@@ -26,7 +26,7 @@ LEFT_OUT |= {"site-packages", "dist-packages", "lib-dynload"}
 LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
 PASSED_OVER = {"__pycache__", "node_modules"}  # in the user's folders, beside hidden ones
 
-HELD_OUT_SHARE = 0.06  # of all bytes
+HELD_OUT_SHARE = 0.04  # of all bytes
 HELD_OUT_LIMIT = 1_000_000  # bytes: the whole of it is evaluated six times
 LARGEST = 64_000_000  # bytes of the user's text that are taken: more than is read in the time there is
 SMALLEST = 50_000
