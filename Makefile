@@ -21,7 +21,7 @@ wheel: ## one wheel with the CUDA kernels in dist/, for every Python and every t
 test: ## every test that runs in minutes
 	$(SETUP) test
 	@$(VENV)/python -m fastgpt.native.build || true # where it fails, the tests that need it say why
-	@$(VENV)/python -m pytest -m 'not slow'
+	@$(VENV)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 test-all: ## the long tests too
 	$(SETUP) test

@@ -1,14 +1,18 @@
 """The time that each area of the tests may take. A whole run in which one takes longer fails, and says which.
 
 It is the time that processors spent, in this process and in those it started and waited for, so a busy machine does
-not matter much; tests marked slow do not count. To mend an overrun, make the tests of that area quicker.
+not matter much; and a fixed piece of work tells how slow the machine is, so a slow one does not either. Tests marked
+slow do not count. To mend an overrun, make the tests of that area quicker.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Shapes here are tiny: a second thread would only wait. Before anything imports torch, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,49 +37,81 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "others": (28, ("",)),
 }
 
+# What `_fixed_work` takes where the budgets were measured: AMD EPYC, Zen 3, Python 3.11.
+FIXED_WORK_SECONDS = 0.026
+
 
 class Budgets:
-    """Adds up the time of each area; at the end of a whole run, holds it to its budget."""
+    """Adds up the time of each area; at the end of a whole run, holds it to its budget.
+
+    Where pytest-xdist shares the tests out, every worker adds up its own and the process they report to the whole.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds = dict.fromkeys(BUDGETS, 0.0)
-        self.files: set[str] = set()
-        self.done = 0
+        self.files: set[str] = set()  # with a test that was collected, or left out for being slow
+        self.collected = self.done = 0
         self.deselected = False
         self.whole = False
+        self.slowness = 1.0
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        file = item.path.relative_to(self.folder).as_posix()
         before = processor_seconds()
         yield
-        self.files.add(file)
         self.done += 1
         if not _slow(item):
-            self.seconds[area(file)] += processor_seconds() - before
+            self.seconds[area(self._file(item))] += processor_seconds() - before
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            self.files.add(item.path.relative_to(self.folder).as_posix())
-            self.deselected |= not _slow(item)
+        self.files |= set(map(self._file, items))
+        self.deselected |= not all(map(_slow, items))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.files |= set(map(self._file, session.items))
+        self.collected = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        said = getattr(node, "workeroutput", {}).get("budgets")
+        if said is None:  # it died: pytest says so
+            return
+        self.files |= set(said["files"])
+        self.collected = said["collected"]  # every worker collects all tests
+        self.done += said["done"]
+        self.deselected |= said["deselected"]
+        for name, seconds in said["seconds"].items():
+            self.seconds[name] += seconds
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            names = ("seconds", "collected", "done", "deselected")
+            said = {name: getattr(self, name) for name in names}
+            session.config.workeroutput["budgets"] = {**said, "files": sorted(self.files)}
+            return
         every = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("test_*.py")}
-        self.whole = self.files == every and not self.deselected and self.done == session.testscollected
+        self.whole = self.files == every and not self.deselected and self.done == self.collected
+        if self.whole:
+            self.slowness = slowness()
         if self.whole and self.overrun() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def overrun(self) -> list[str]:
-        return [name for name, (budget, _) in BUDGETS.items() if self.seconds[name] > budget]
+        return [name for name, (budget, _) in BUDGETS.items() if self.seconds[name] > budget * self.slowness]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.whole:
             return
-        used = (f"{name} {self.seconds[name]:.0f}/{budget:.0f}" for name, (budget, _) in BUDGETS.items())
-        terminalreporter.write_line(f"processor seconds of budget: {', '.join(used)}")
+        used = (f"{name} {self.seconds[name]:.0f}/{b * self.slowness:.0f}" for name, (b, _) in BUDGETS.items())
+        terminalreporter.write_line(
+            f"processor seconds of budget, on a machine {self.slowness:.1f} times as slow as theirs: {', '.join(used)}"
+        )
         for name in self.overrun():
             terminalreporter.write_line(f"FAILED: the tests of {name} overran their budget", red=True)
+
+    def _file(self, item: pytest.Item) -> str:
+        return item.path.relative_to(self.folder).as_posix()
 
 
 def area(file: str) -> str:
@@ -86,6 +122,18 @@ def area(file: str) -> str:
 def processor_seconds() -> float:
     """Time that processors spent for this process and the children it waited for."""
     return sum(os.times()[:4])
+
+
+def slowness() -> float:
+    """How many times as long as where the budgets were measured a fixed piece of work takes on this machine."""
+    best = min(timeit.repeat(_fixed_work, number=1, repeat=5, timer=time.process_time))
+    return best / FIXED_WORK_SECONDS
+
+
+def _fixed_work() -> None:
+    found: dict[int, str] = {}
+    for i in range(100_000):
+        found[i * 7919 % 10_007] = str(i)
 
 
 def _slow(item: pytest.Item) -> bool:

@@ -47,21 +47,31 @@ def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def budget(suite: pytest.Pytester, ops: float, others: float) -> None:
+def budget(suite: pytest.Pytester, ops: float, others: float, slowness: float = 1.0) -> None:
     with (suite.path / "tests" / "conftest.py").open("a") as file:
         file.write(f'\n\nBUDGETS = {{"ops": ({ops}, ("ops/",)), "others": ({others}, ("",))}}\n')
+        file.write(f"def slowness():\n    return {slowness}\n")
 
 
-@pytest.mark.parametrize("ops, others, failed", [(0.5, 60, []), (0.05, 60, ["ops"]), (0.5, 0.05, ["others"])])
+@pytest.mark.parametrize(
+    "ops, others, failed, workers",
+    [(0.5, 60, [], 0), (0.05, 60, ["ops"], 0), (0.5, 0.05, ["others"], 0), (0.05, 0.05, ["ops", "others"], 2)],
+)
 def test_a_whole_run_is_held_to_the_budgets(
-    suite: pytest.Pytester, ops: float, others: float, failed: list[str]
+    suite: pytest.Pytester, ops: float, others: float, failed: list[str], workers: int
 ) -> None:
     budget(suite, ops, others)
-    result = suite.runpytest_inprocess("tests", "-m", "not slow")
+    result = suite.runpytest_inprocess("tests", "-m", "not slow", f"-n{workers}")
     assert result.ret == (pytest.ExitCode.TESTS_FAILED if failed else pytest.ExitCode.OK)
     said = [line for line in result.outlines if "overran" in line]
     assert said == [f"FAILED: the tests of {name} overran their budget" for name in failed]
-    result.stdout.fnmatch_lines(["processor seconds of budget: ops */*, others */*"])
+    result.stdout.fnmatch_lines(["processor seconds of budget, *: ops */*, others */*"])
+
+
+def test_a_slow_machine_may_take_longer(suite: pytest.Pytester) -> None:
+    assert 0.1 < conftest.slowness() < 20
+    budget(suite, 0.05, 0.5, slowness=10)
+    assert suite.runpytest_inprocess("tests", "-m", "not slow").ret == pytest.ExitCode.OK
 
 
 def test_slow_tests_do_not_count(suite: pytest.Pytester) -> None:
@@ -69,7 +79,15 @@ def test_slow_tests_do_not_count(suite: pytest.Pytester) -> None:
     assert suite.runpytest_inprocess("tests").ret == pytest.ExitCode.OK
 
 
-@pytest.mark.parametrize("arguments", [["tests/ops"], ["tests", "-k", "busy"], ["tests", "--deselect=tests/test_b.py"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tests/ops"],
+        ["tests", "-k", "busy"],
+        ["tests", "-k", "busy", "-n", "2"],
+        ["tests", "--deselect=tests/test_b.py"],
+    ],
+)
 def test_a_part_of_the_tests_is_not_held_to_them(suite: pytest.Pytester, arguments: list[str]) -> None:
     budget(suite, 0.05, 0.05)
     result = suite.runpytest_inprocess(*arguments)
