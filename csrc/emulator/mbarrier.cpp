@@ -136,6 +136,7 @@ void mbarrier_arrive_at_rank(uint64_t* barrier, unsigned rank) {
 
 void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
   const Caller caller = EMULATOR_CALLER;
+  if (site_disabled("mbarrier.expect_tx", caller)) return;
   Word word = checked_load(barrier, caller);
   expect(word, bytes, caller);
   store(barrier, word);

@@ -123,6 +123,14 @@ const Position& user_position(const void* return_address) {
   return chain.back();
 }
 
+std::vector<Position> user_positions(const void* return_address) {
+  std::vector<Position> chain;
+  for (const Position& position : positions(return_address))
+    if (!is_plumbing(position)) chain.push_back(position);
+  if (chain.empty()) chain.push_back(positions(return_address).back());
+  return chain;
+}
+
 std::vector<Position> call_chain(Caller caller, uintptr_t stack_end) {
   std::vector<const void*> addresses{caller.address};
   void* const* frame = caller.frame;

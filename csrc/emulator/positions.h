@@ -21,6 +21,8 @@ const std::vector<Position>& positions(const void* return_address);
 void look_up(const std::vector<const void*>& return_addresses);
 // The innermost position that is not the emulator's own or a one-instruction wrapper.
 const Position& user_position(const void* return_address);
+// And those it was inlined into.
+std::vector<Position> user_positions(const void* return_address);
 // The same, down the stack of the calling thread until its end.
 std::vector<Position> call_chain(Caller caller, uintptr_t stack_end);
 std::string function_name(const void* entry);

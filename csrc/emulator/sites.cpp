@@ -1,8 +1,8 @@
 #include "sites.h"
 
 #include <map>
-#include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "json.h"
@@ -12,15 +12,22 @@ namespace emulator {
 
 namespace {
 
-using Key = std::tuple<std::string, std::string, int>;  // kind, file, line
+// A helper that was inlined in several places has a site for each: one kernel's need of a barrier is not another's.
+struct Site {
+  std::string kind;
+  std::vector<Position> chain;  // the call, and the calls through which it was inlined
+  bool met = false;             // since a site was chosen
+};
+using Key = std::pair<std::string, std::string>;  // kind, the lines of the chain
 
 struct Call {
   const char* kind;
   int id = -1;  // known once its position is
+  bool met = false;
 };
 
 std::unordered_map<const void*, Call> calls;  // by return address: a line may have been compiled many times
-std::vector<Key> sites;                       // by id
+std::vector<Site> sites;                      // by id
 std::map<Key, int> ids;
 int disabled = -1;
 
@@ -32,10 +39,11 @@ Answer cache[1024];  // in_bounds() is called for every element
 
 void identify(const void* address, Call& call) {
   if (call.id >= 0) return;
-  const Position& at = user_position(address);
-  const Key key{call.kind, at.file, at.line};
-  auto [found, added] = ids.try_emplace(key, int(sites.size()));
-  if (added) sites.push_back(key);
+  const std::vector<Position> chain = user_positions(address);
+  std::string lines;
+  for (const Position& position : chain) lines += position.text() + " ";
+  auto [found, added] = ids.try_emplace({call.kind, lines}, int(sites.size()));
+  if (added) sites.push_back({call.kind, chain});
   call.id = found->second;
 }
 
@@ -45,6 +53,7 @@ bool site_disabled(const char* kind, Caller caller) {
   Answer& answer = cache[uintptr_t(caller.address) / 4 % std::size(cache)];
   if (answer.address == caller.address) return answer.disabled;
   Call& call = calls.try_emplace(caller.address, Call{kind}).first->second;
+  call.met = true;
   if (disabled >= 0) identify(caller.address, call);
   answer = {caller.address, disabled >= 0 && call.id == disabled};
   return answer.disabled;
@@ -52,6 +61,7 @@ bool site_disabled(const char* kind, Caller caller) {
 
 void choose_disabled_site(int id) {
   disabled = id;
+  for (auto& [address, call] : calls) call.met = false;
   for (Answer& answer : cache) answer = Answer();
 }
 
@@ -59,11 +69,19 @@ std::string sites_json() {
   std::vector<const void*> addresses;
   for (const auto& [address, call] : calls) addresses.push_back(address);
   look_up(addresses);
-  for (auto& [address, call] : calls) identify(address, call);
+  for (Site& site : sites) site.met = false;
+  for (auto& [address, call] : calls) {
+    identify(address, call);
+    sites[call.id].met |= call.met;
+  }
   JsonArray out;
   for (size_t id = 0; id < sites.size(); ++id) {
-    const auto& [kind, file, line] = sites[id];
-    out.add(JsonObject().add("id", int(id)).add("kind", kind).add("file", file).add("line", line));
+    const Site& site = sites[id];
+    JsonArray inlined;
+    for (size_t i = 1; i < site.chain.size(); ++i) inlined.add(site.chain[i].text());
+    JsonObject entry;
+    entry.add("id", int(id)).add("kind", site.kind).add("file", site.chain[0].file).add("line", site.chain[0].line);
+    out.add(entry.add_raw("inlined", inlined.text()).add_raw("met", site.met ? "true" : "false"));
   }
   return out.text();
 }

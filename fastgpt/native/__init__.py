@@ -187,6 +187,8 @@ class Site:
     kind: str
     file: str
     line: int
+    inlined: tuple[str, ...] = ()
+    """Through which calls `file:line` got inlined, innermost first. A helper has a site for each such chain."""
 
 
 @contextmanager
@@ -244,9 +246,17 @@ def counters() -> list[dict[str, Any]]:
     return _emulated_library().json("fastgpt_emulator_counters")
 
 
-def sites() -> list[Site]:
-    """Every synchronisation and bounds check that kernels have met so far."""
-    return [Site(**site) for site in _emulated_library().json("fastgpt_emulator_sites")]
+def sites(*, met_inside: bool = False) -> list[Site]:
+    """Every synchronisation and bounds check that kernels have met so far.
+
+    `met_inside`: only those met since the `emulated()` around this call was entered.
+    """
+    found = _emulated_library().json("fastgpt_emulator_sites")
+    return [
+        Site(site["id"], site["kind"], site["file"], site["line"], tuple(site["inlined"]))
+        for site in found
+        if site["met"] or not met_inside
+    ]
 
 
 def _emulated_library() -> loading.Library:

@@ -93,9 +93,23 @@ def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
 
 
 def test_sites_keep_their_numbers(emulator: Emulator) -> None:
+    def sites() -> list[dict[str, Any]]:
+        return [{name: value for name, value in site.items() if name != "met"} for site in emulator.sites()]
+
     emulator.text("emulator_run_model", "cluster")
-    before = emulator.sites()
+    before = sites()
     emulator.text("emulator_run_model", "stmatrix")
-    after = emulator.sites()
+    after = sites()
     assert after[: len(before)] == before
     assert [site["id"] for site in after] == list(range(len(after)))
+
+
+def test_sites_of_a_run_are_known(emulator: Emulator) -> None:
+    """Those met since the emulator was configured."""
+    emulator.text("emulator_run_model", "mma_bf16")
+    emulator.text("emulator_run_model", "cluster")
+    emulator.configure()
+    assert not [site for site in emulator.sites() if site["met"]]
+    emulator.text("emulator_run_model", "cluster")
+    assert "cluster wait" in {site["kind"] for site in emulator.sites() if site["met"]}
+    assert [site for site in emulator.sites() if not site["met"]]

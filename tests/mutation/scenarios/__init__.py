@@ -1,0 +1,1 @@
+"""What is run with a site switched off: a file for each folder of csrc that has kernels, with its list `SCENARIOS`."""
