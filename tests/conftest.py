@@ -23,7 +23,8 @@ import pytest
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (112, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "ops": (60, ("ops/", "test_rule")),
-    "emulator": (40, ("emulator/",)),
+    "emulator": (55, ("emulator/",)),
+    "mutation": (60, ("mutation/",)),
     "native": (40, ("test_native", "test_build")),
     "model": (10, ("test_model", "test_generate", "test_optim")),
     "train": (55, ("test_train", "test_checkpoint")),

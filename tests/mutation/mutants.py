@@ -8,6 +8,7 @@ end. The first child of all switches nothing off: it must notice nothing, or no 
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -198,6 +199,7 @@ def _be_child(work: Callable[[Callable[..., None]], None], writer: int, seconds:
     try:
         for number in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
+        faulthandler.disable()  # a crash is what is asked for here, and nobody wants to see where
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.alarm(STUCK_SECONDS)
         work(lambda **line: os.write(writer, json.dumps(line).encode() + b"\n") and None)
