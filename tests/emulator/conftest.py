@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import subprocess
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,34 +42,27 @@ class Emulator:
 
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
-    built = build.build("emulated")  # whose objects of the emulator serve here too
+    """The mini-kernels, compiled as the kernels of csrc are, by the rule of their ninja file, and the emulator's own
+    objects of that build."""
+    built = build.build("emulated")
     if built["status"] != "built":
         pytest.skip(built["reason"])
-    gxx = str(toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR).path)
-    command = [gxx, *build._KERNEL, "-fno-builtin-memcpy", "-Icsrc", "-DFASTGPT_EMULATED"]
-    command += [f"-ffile-prefix-map={ROOT}=.", "-isystem", str(toolchain.find_cuda_headers())]
-    WORK.mkdir(parents=True, exist_ok=True)
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), HERE / "case.h", Path(build.__file__)]
-    newest = max(header.stat().st_mtime for header in headers)
-    sources = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
-    objects = [build.WORK / "emulated" / f"{source.relative_to(ROOT)}.o" for source in sources]
+    plan, _ = build.plan("emulated", build.CSRC, build.WORK / "emulated")
+    gxx = toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR).path
+    emulators = [source for rule, source in build.sources(build.CSRC, "emulated") if rule == "emulator"]
+    objects = [build._path(build.WORK / "emulated" / f"{source}.o") for source in emulators]
+    lines = [f"builddir = {build._path(WORK)}", *re.findall(r"^rule kernel\n(?:  .*\n)+", plan, re.MULTILINE)]
+    lines += ["rule link", f"  command = {build._shell([gxx, '-shared', '$in', '-o', '$out', '-Wl,--no-undefined'])}"]
     for source in sorted(HERE.glob("*.cu")):
-        objects.append(WORK / f"{source.stem}.o")
-        if not _is_newer(objects[-1], max(newest, source.stat().st_mtime)):
-            _run([*command, "-c", str(source.relative_to(ROOT)), "-o", str(objects[-1])])
+        objects.append(build._path(WORK / f"{source.stem}.o"))
+        lines.append(f"build {objects[-1]}: kernel {build._path(source.relative_to(ROOT))}")
     product = WORK / "emulator_tests.so"
-    if not _is_newer(product, max(o.stat().st_mtime for o in objects)):
-        _run([gxx, "-shared", *map(str, objects), "-o", str(product), "-Wl,--no-undefined"])
+    lines.append(f"build {build._path(product)}: link {' '.join(objects)}")
+    WORK.mkdir(parents=True, exist_ok=True)
+    with build._alone_in(WORK):
+        build._write(WORK / "build.ninja", "\n".join([*lines, ""]))
+        build._run_ninja(ROOT, WORK, toolchain.jobs(), verbose=False)
     return ctypes.CDLL(str(product))
-
-
-def _is_newer(file: Path, time: float) -> bool:
-    return file.exists() and file.stat().st_mtime > time
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
