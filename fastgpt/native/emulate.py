@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -116,15 +117,13 @@ class Kernels:
                 handle.fastgpt_register_tensor(
                     _address(argument), argument.nbytes, argument.itemsize, parameter.name.encode(), _ACCESSES[access]
                 )
-        run = handle.fastgpt_launch
-        run.restype = ctypes.c_char_p
-        addresses = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
-        report = run(
-            kernel.encode(),
+        report = _call(
+            self.library,
+            f"fastgpt_launch_{kernel}",
             *((ctypes.c_uint * 3)(*shape) for shape in shapes),
             ctypes.c_size_t(shared_bytes),
-            (ctypes.c_void_p * len(values))(*addresses),
-        ).decode()
+            (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values)),
+        )
         counted = Counters(self.library.json("fastgpt_emulator_counters"))  # taken, also where something was found
         if report:
             found = self.library.json("fastgpt_emulator_findings")
@@ -175,7 +174,7 @@ def _value(kernel: str, parameter: Parameter, argument: Any) -> Any:
     of_torch = hasattr(argument, "data_ptr")
     dtype = str(argument.dtype).removeprefix("torch.")
     wanted = parameter.type.removeprefix("const ").removesuffix("*")
-    if dtype != wanted and not wanted.startswith("bytes"):
+    if dtype != wanted and wanted != "struct":
         raise ValueError(f"{what} is {parameter.type}, got {dtype}")
     if of_torch and argument.device.type != "cpu":
         raise ValueError(f"{what} is on {argument.device}; the emulator takes tensors on the CPU")
@@ -190,7 +189,7 @@ def _value(kernel: str, parameter: Parameter, argument: Any) -> Any:
 
 
 def compile(source: str | Path) -> Kernels:
-    """The kernels of a .cu file, or of the text of one; takes about a second, and next to nothing the second time.
+    """The kernels of a .cu file, or of the text of one; takes about a second, and hardly anything the second time.
 
     Raises toolchain.Missing where there is no g++ or no CUDA headers, UserError with the compiler's words where it does
     not compile.
@@ -204,19 +203,23 @@ def compile(source: str | Path) -> Kernels:
     parameters = _parameters(text)
     # The kernels are named after the file, so that its own lines are those of reports.
     exports = "".join(f"FASTGPT_KERNEL({kernel})\n" for kernel in parameters)
-    unit = FOLDER / f"{file.stem}.{_digest(str(file), text, exports)}.cpp"
+    code = f'#include "{file.name}"\n{exports}'
+    unit = FOLDER / f"{file.stem}.{_digest(text, code)}.cpp"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    build._write(unit, f'#include "host/export.h"\n#include "{file}"\n{exports}')
-    path = build_library([unit], beside=file.parent)
+    build._write(unit, code)
+    path = build_library([unit], beside=file.parent, options=["-include", str(_precompiled())])
     library = Library(path, {}, frozenset(), ctypes.CDLL(str(path)))
-    types = library.json("fastgpt_kernels")
-    return Kernels(
-        {
-            kernel: tuple(Parameter(name, type_) for name, type_ in zip(names, types[kernel], strict=True))
-            for kernel, names in parameters.items()
-        },
-        library,
-    )
+    kernels = {}
+    for kernel, names in parameters.items():
+        types = _call(library, f"fastgpt_parameters_{kernel}").split(", ") if names else []
+        kernels[kernel] = tuple(map(Parameter, names, types))
+    return Kernels(kernels, library)
+
+
+def _call(library: Library, function: str, *arguments: Any) -> str:
+    call = getattr(library.handle, function)
+    call.restype = ctypes.c_char_p
+    return call(*arguments).decode()
 
 
 def _parameters(text: str) -> dict[str, list[str]]:
@@ -228,21 +231,25 @@ def _parameters(text: str) -> dict[str, list[str]]:
     return found
 
 
-def build_library(sources: Sequence[Path], beside: Path) -> Path:
+def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] = ()) -> Path:
     """Compiles sources as the kernels are for the emulator, and links them with it; what is there already stays.
 
     beside: the folder of the headers that they include, other than those of `csrc`. In reports it is the folder that
     files are named from, unless it lies in the repository. Raises as `compile`.
     """
     command, emulator = _toolchain()
+    command = [*command, *options]
     root = build.CSRC.parent
-    # Of prefixes that fit the last one counts.
-    command = [*command, *(f"-ffile-prefix-map={folder}=." for folder in (beside, FOLDER, root))]
-    headers = _digest(*(f"{path}\n{path.read_text(encoding='utf-8')}" for path in _headers(beside)))
+    in_repository = beside.is_relative_to(root) and not beside.is_relative_to(FOLDER)
+    named_from = beside.relative_to(root).as_posix() if in_repository else "."
+    # The same texts give the same objects, wherever they lie. Of prefixes that fit the last one counts.
+    digest_of_all = _digest(*command, named_from, _digest_of_headers(beside))
+    command += ["-iquote", str(beside), f"-ffile-prefix-map={root}=."]
+    command += [] if in_repository else [f"-ffile-prefix-map={beside}=."]
     FOLDER.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in sources:
-        digest = _digest(*command, headers, str(source), source.read_text(encoding="utf-8"))
+        digest = _digest(digest_of_all, source.name, source.read_text(encoding="utf-8"))
         objects.append(FOLDER / f"{source.stem.split('.')[0]}.{digest}.o")
         if not objects[-1].exists():
             _make(objects[-1], [*command, "-c", str(source)])
@@ -255,11 +262,25 @@ def build_library(sources: Sequence[Path], beside: Path) -> Path:
     return library
 
 
-def _headers(beside: Path) -> list[Path]:
-    """What a source may include; and the emulator's own sources, for it is linked with what they are compiled to."""
-    found = [path for folder in (build.CSRC, beside) for name in ("*.h", "*.cuh") for path in folder.glob(name)]
-    found += [path for name in ("*.h", "*.cuh") for path in build.CSRC.glob(f"*/{name}")]
-    return sorted({*found, *(build.CSRC / "emulator").glob("*.cpp")})
+def _digest_of_headers(beside: Path) -> str:
+    """Of what a source may include; and of the emulator's own sources, for it is linked with what they compile to."""
+    found = [path for name in ("*.h", "*.cuh", "emulator/*.cpp") for path in build.CSRC.rglob(name)]
+    found += [path for name in ("*.h", "*.cuh") for path in beside.glob(name)]
+    return _digest(*(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(found)))
+
+
+def _precompiled() -> Path:
+    """A header to include first: host/export.h, with CUDA's headers already read, which takes longer than a kernel."""
+    command, _ = _toolchain()
+    folder = FOLDER / f"export.{_digest(*command, _digest_of_headers(FOLDER))}"
+    header, compiled = folder / "export.h", folder / "export.h.gch"  # g++ looks for the second itself
+    if not compiled.exists():
+        for old in FOLDER.glob("export.*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        build._write(header, '#include "host/export.h"\n')
+        _make(compiled, [*command, f"-ffile-prefix-map={build.CSRC.parent}=.", "-x", "c++-header", "-c", str(header)])
+    return header
 
 
 @cache
