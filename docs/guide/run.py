@@ -6,7 +6,8 @@
 A ```text block right after a ```python block is what that block must print. Numbers with a decimal point may
 differ by one in their last digit, because processors round sums differently; everything else is compared exactly.
 A ```text example is the outcome of a training run, of which only the words are compared: the rounding adds up there,
-and what must hold of the numbers is asserted in the code.
+and what must hold of the numbers is asserted in the code. A ```cuda block is written to the file that its first line
+names, for the blocks after it to compile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 GUIDE = Path(__file__).resolve().parent
 _FENCE = re.compile(r"^```(\w*)( example)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"// ([\w-]+\.cuh?)\b")
 _DECIMAL = re.compile(r"-?\d+\.\d+")
 _NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?")
 
@@ -34,13 +36,15 @@ class ChapterError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """One ```python block: its code, the line it begins at, and what it prints (None: not stated)."""
+    """One ```python or ```cuda block: its code, the line it begins at, and what it prints (None: not stated)."""
 
     code: str
     line: int
     printed: str | None = None
     example: bool = False
     """Only the words of `printed` must be as they are, not the numbers."""
+    file: str | None = None
+    """Of a ```cuda block: where it is written."""
 
 
 def chapters() -> list[Path]:
@@ -49,7 +53,7 @@ def chapters() -> list[Path]:
 
 
 def blocks(text: str) -> list[Block]:
-    """The python blocks of a chapter. Raises ChapterError where an output block follows no code."""
+    """What runs of a chapter. Raises ChapterError for an output that follows no code, and a file without a name."""
     found: list[Block] = []
     end = -1  # where the last python block ended
     for fence in _FENCE.finditer(text):
@@ -58,6 +62,12 @@ def blocks(text: str) -> list[Block]:
         if language == "python":
             found.append(Block(content, line))
             end = fence.end()
+        elif language == "cuda":
+            name = _FILE.match(content)
+            if name is None:
+                raise ChapterError(f"line {line}: a cuda block begins with // and the name of its file")
+            found.append(Block(content, line, file=name[1]))
+            end = -1
         elif language == "text":
             if end < 0 or text[end : fence.start()].strip():
                 raise ChapterError(f"line {line}: a text block is the output of the python block right before it")
@@ -92,6 +102,9 @@ def run(chapter: Path, echo: Callable[[str], Any] = lambda text: None) -> dict[s
     """
     namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(chapter)}
     for block in blocks(chapter.read_text(encoding="utf-8")):
+        if block.file is not None:
+            Path(block.file).write_text(block.code, encoding="utf-8")
+            continue
         code = compile("\n" * (block.line - 1) + block.code, str(chapter), "exec")
         output = io.StringIO()
         with contextlib.redirect_stdout(output):

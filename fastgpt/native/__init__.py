@@ -178,6 +178,11 @@ class Finding:
     inlined: tuple[str, ...] = ()
     """Through which calls `file:line` got inlined, innermost first."""
 
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Finding:
+        """From the emulator's own form."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+
 
 @dataclass(frozen=True)
 class Site:
@@ -236,9 +241,7 @@ def emulated(
 
 def findings() -> list[Finding]:
     """What the emulator has found since the last call."""
-    found = _emulated_library().json("fastgpt_emulator_findings")
-    frozen = [{name: tuple(v) if isinstance(v, list) else v for name, v in finding.items()} for finding in found]
-    return [Finding(**finding) for finding in frozen]
+    return [Finding.of(finding) for finding in _emulated_library().json("fastgpt_emulator_findings")]
 
 
 def counters() -> list[dict[str, Any]]:

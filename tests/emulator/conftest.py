@@ -1,21 +1,18 @@
-"""Builds the mini-kernels and links them with the emulator; what is up to date in build/ is kept."""
+"""The mini-kernels, linked with the emulator."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastgpt.native import build, toolchain
+from fastgpt.native import emulate, toolchain
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-WORK = ROOT / "build" / "emulator-tests"
 
 
 @dataclass
@@ -42,27 +39,10 @@ class Emulator:
 
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
-    """The mini-kernels, compiled as the kernels of csrc are, by the rule of their ninja file, and the emulator's own
-    objects of that build."""
-    built = build.build("emulated")
-    if built["status"] != "built":
-        pytest.skip(built["reason"])
-    plan, _ = build.plan("emulated", build.CSRC, build.WORK / "emulated")
-    gxx = toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR).path
-    emulators = [source for rule, source in build.sources(build.CSRC, "emulated") if rule == "emulator"]
-    objects = [build._path(build.WORK / "emulated" / f"{source}.o") for source in emulators]
-    lines = [f"builddir = {build._path(WORK)}", *re.findall(r"^rule kernel\n(?:  .*\n)+", plan, re.MULTILINE)]
-    lines += ["rule link", f"  command = {build._shell([gxx, '-shared', '$in', '-o', '$out', '-Wl,--no-undefined'])}"]
-    for source in sorted(HERE.glob("*.cu")):
-        objects.append(build._path(WORK / f"{source.stem}.o"))
-        lines.append(f"build {objects[-1]}: kernel {build._path(source.relative_to(ROOT))}")
-    product = WORK / "emulator_tests.so"
-    lines.append(f"build {build._path(product)}: link {' '.join(objects)}")
-    WORK.mkdir(parents=True, exist_ok=True)
-    with build._alone_in(WORK):
-        build._write(WORK / "build.ninja", "\n".join([*lines, ""]))
-        build._run_ninja(ROOT, WORK, toolchain.jobs(), verbose=False)
-    return ctypes.CDLL(str(product))
+    try:
+        return ctypes.CDLL(str(emulate.build_library(sorted(HERE.glob("*.cu")), beside=HERE)))
+    except toolchain.Missing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture
