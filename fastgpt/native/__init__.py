@@ -195,6 +195,15 @@ class Site:
     inlined: tuple[str, ...] = ()
     """Through which calls `file:line` got inlined, innermost first. A helper has a site for each such chain."""
 
+    @staticmethod
+    def all_of(library: loading.Library, met_inside: bool = False) -> list[Site]:
+        """Those that kernels of a library have met; `met_inside`: since it was last configured."""
+        return [
+            Site(site["id"], site["kind"], site["file"], site["line"], tuple(site["inlined"]))
+            for site in library.json("fastgpt_emulator_sites")
+            if site["met"] or not met_inside
+        ]
+
 
 @contextmanager
 def emulated(
@@ -254,12 +263,7 @@ def sites(*, met_inside: bool = False) -> list[Site]:
 
     `met_inside`: only those met since the `emulated()` around this call was entered.
     """
-    found = _emulated_library().json("fastgpt_emulator_sites")
-    return [
-        Site(site["id"], site["kind"], site["file"], site["line"], tuple(site["inlined"]))
-        for site in found
-        if site["met"] or not met_inside
-    ]
+    return Site.all_of(_emulated_library(), met_inside)
 
 
 def _emulated_library() -> loading.Library:

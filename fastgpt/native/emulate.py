@@ -132,7 +132,7 @@ class Kernels:
 
     def sites(self) -> list[Site]:
         """Every barrier, wait, fence and bounds check that launches have met so far; see `disabled_site`."""
-        return [Site(**site) for site in self.library.json("fastgpt_emulator_sites")]
+        return Site.all_of(self.library)
 
 
 _TEXT_AND_INT = (ctypes.c_char_p, ctypes.c_int)

@@ -13,6 +13,7 @@ import pytest
 from fastgpt.native import emulate, toolchain
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 
 @dataclass
