@@ -227,7 +227,9 @@ static std::string settings = "null";
 extern "C" {
 void fastgpt_emulator_configure(const char* json) { settings = json; }
 const char* fastgpt_emulator_counters() { return settings.c_str(); }
-const char* fastgpt_emulator_sites() { return R"([{"id": 3, "kind": "__syncthreads", "file": "a.cu", "line": 7}])"; }
+const char* fastgpt_emulator_sites() { return R"([
+  {"id": 3, "kind": "__syncthreads", "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"], "met": true},
+  {"id": 4, "kind": "in_bounds", "file": "a.cu", "line": 8, "inlined": [], "met": false}])"; }
 const char* fastgpt_emulator_findings() {
   return R"([{"kind": "data race", "kernel": "k", "message": "m", "thread": [1, 2, 3], "block": [0, 0, 0],
               "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"]},
@@ -289,7 +291,9 @@ def test_what_the_emulator_reports_is_typed() -> None:
         native.Finding("data race", "k", "m", (1, 2, 3), (0, 0, 0), "a.cu", 7, ("b.cuh:1",)),
         native.Finding("deadlock", "k", "m", None, None, "a.cu", 9),
     ]
-    assert native.sites() == [native.Site(3, "__syncthreads", "a.cu", 7)]
+    barrier, test = native.Site(3, "__syncthreads", "a.cu", 7, ("b.cuh:1",)), native.Site(4, "in_bounds", "a.cu", 8)
+    assert native.sites() == [barrier, test]
+    assert native.sites(met_inside=True) == [barrier]
 
 
 @pytest.mark.usefixtures("folder")
