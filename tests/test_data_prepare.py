@@ -392,6 +392,60 @@ def test_a_small_validation_split_is_warned_of(tmp_path, capsys):
         assert "warning" not in capsys.readouterr().err
 
 
+def test_files_with_invalid_utf8_are_named(tmp_path, capsys, small_pieces):
+    """Also where the run that met them was interrupted and another one ends."""
+    corpus(tmp_path / "corpus", documents=12)
+    for number in (2, 3, 5, 8, 9):
+        (tmp_path / "corpus" / f"{number:04d}.txt").write_bytes(b"\xff " + text(number, 60).encode() + b"\xff")
+    (tmp_path / "corpus" / "rows.jsonl").write_text('{"text": "a \\ud800 b"}\n' + 2 * '{"text": "c"}\n')
+    folder = tmp_path / "corpus"
+    told = (
+        f"; 11 invalid UTF-8 sequences replaced, in {folder}/0002.txt, {folder}/0003.txt, {folder}/0005.txt and 3 more "
+        f"files\n"
+    )
+    prepare(config(tmp_path, errors="replace", val_fraction=0.0))
+    assert told in capsys.readouterr().err
+    left = 5
+
+    def interrupt_later(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    new = config(tmp_path, errors="replace", val_fraction=0.0, out_dir=str(tmp_path / "other"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation._Progress, "update", interrupt_later)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(new, progress=False)
+    assert prepare(new)["run"]["resumed"] and told in capsys.readouterr().err
+
+
+def test_a_validation_split_of_few_documents_is_named(tmp_path, capsys):
+    corpus(tmp_path / "corpus", documents=40, words=400)
+    warning = "warning: validation is "
+    meta = prepare(config(tmp_path, val_fraction=0.1))
+    count = meta["splits"]["val"]["documents"]
+    err = capsys.readouterr().err
+    assert 1 < count < preparation.FEW_DOCUMENTS and f"{warning}{count} documents alone, from " in err
+    dataset = Dataset.open(tmp_path / "data")
+    for held_out in decoded(dataset, "val"):
+        (name,) = (p for p in (tmp_path / "corpus").iterdir() if p.read_bytes() == held_out.encode())
+        assert str(name) in err
+    assert err.endswith("and its loss depends on what is in there; give a larger --val_fraction, or --val_inputs\n")
+    prepare(config(tmp_path, val_fraction=0.4, overwrite=True))  # enough
+    assert warning not in capsys.readouterr().err
+    prepare(config(tmp_path, val_inputs=(str(tmp_path / "corpus" / "0000.txt"),), overwrite=True))  # as asked for
+    assert warning not in capsys.readouterr().err
+    for files in (1, 2):  # too few for a split by documents; of a single file there are no others
+        folder = tmp_path / f"few{files}"
+        corpus(folder, documents=files, words=4000)
+        out = dict(inputs=(str(folder),), out_dir=str(tmp_path / f"out{files}"), val_fraction=0.1)
+        meta = prepare(config(tmp_path, **out))
+        last = f"{warning}the end of the text, in {folder}/0001.txt, so its loss tells little of the other files; give"
+        assert (last in capsys.readouterr().err) == (files == 2)
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 
@@ -608,7 +662,7 @@ def test_killed_while_the_tokenizer_is_trained(tmp_path):
     texts = corpus(tmp_path / "corpus", documents=4)
     new = config(tmp_path, tokenizer="train", vocab_size=270, val_fraction=0.0)
     prepare(new.replace(out_dir=str(tmp_path / "whole")), progress=False)
-    given = preparation._Preparation._training_texts
+    given = preparation.Preparation._training_texts
     for count in range(len(texts) + 1):
 
         def killing(self, count=count):
@@ -616,7 +670,7 @@ def test_killed_while_the_tokenizer_is_trained(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preparation._Preparation, "_training_texts", killing)
+            patch.setattr(preparation.Preparation, "_training_texts", killing)
             in_child(lambda: prepare(new, progress=False), -signal.SIGKILL)
         assert [path.name for path in (tmp_path / "data").iterdir()] == ["prepare.json"]
         with pytest.raises(UserError, match=r"holds no dataset\.json"):

@@ -34,8 +34,8 @@ class Encoded:
     """UTF-8 bytes of each document."""
     digests: list[bytes]
     """digest_of each document's UTF-8 bytes."""
-    replaced: int
-    """Invalid UTF-8 sequences that became U+FFFD."""
+    replaced: dict[str, int]
+    """Invalid UTF-8 sequences that became U+FFFD, by the name of their file."""
     empty: int
     """Documents without text, left out."""
 
@@ -51,7 +51,7 @@ class Encoder:
 
     def encode(self, piece: Piece) -> Encoded:
         """Raises InputError for text that is not UTF-8 or not the .jsonl that was asked for."""
-        result = Encoded(b"", [], [], [], 0, 0)
+        result = Encoded(b"", [], [], [], {}, 0)
         encoded: list[bytes] = []
         decoded = Texts(piece, self.text_field, self.errors)
         for text, data in decoded:
@@ -77,13 +77,13 @@ class Encoder:
 
 
 class Texts:
-    """The documents of a piece: iterate for (text, its UTF-8 bytes). `replaced` counts U+FFFD put in."""
+    """The documents of a piece: iterate for (text, its UTF-8 bytes). `replaced` counts U+FFFD put in, by file."""
 
     def __init__(self, piece: Piece, text_field: str, errors: str):
         self.piece = piece
         self.text_field = text_field
         self.errors = errors
-        self.replaced = 0
+        self.replaced: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         if self.piece.kind == "jsonl":
@@ -103,8 +103,11 @@ class Texts:
                     f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at {place} ({error.reason}); {_REMEDY}"
                 ) from None
         text = data.decode("utf-8", "replace")
-        self.replaced += text.count("\ufffd") - data.count("\ufffd".encode())
+        self._count(name, text.count("\ufffd") - data.count("\ufffd".encode()))
         return text, True
+
+    def _count(self, name: str, replaced: int) -> None:
+        self.replaced[name] = self.replaced.get(name, 0) + replaced
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
         name, offset = self.piece.where[0]
@@ -133,12 +136,7 @@ class Texts:
                         f"{name}, line {number}: a lone surrogate (\\u{ord(text[error.start]):04x}) is no character; "
                         f"mend it, or go on with --errors replace"
                     ) from None
-                text = "".join(self._character(c) for c in text)
-                data = text.encode()
+                whole = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+                self._count(name, whole.count("\ufffd") - text.count("\ufffd"))
+                text, data = whole, whole.encode()
             yield text, data
-
-    def _character(self, c: str) -> str:
-        if "\ud800" <= c <= "\udfff":
-            self.replaced += 1
-            return "\ufffd"
-        return c

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 STATE_FILE, DIGESTS_FILE = "prepare.json", "prepare.digests"
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 STATE_SECONDS = 5.0  # between two states on the disk: what a kill can cost
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -63,6 +63,8 @@ LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 # 120 of memory (measured on 8 and 16 MiB of Chinese characters), so this keeps training below 2 GB.
 TRAINING_BYTES = 16 << 20
 FEW_TOKENS = 1000  # a token's loss varies by about 3 nats, so the mean of fewer is off by more than 0.1
+FEW_DOCUMENTS = 5  # in a validation split: what they happen to be about decides its loss
+NAMES = 3  # of files that a line tells before it only counts them
 _AHEAD_PER_WORKER = 3  # pieces read ahead of the one to write next: one encoding, two waiting
 _AHEAD_BYTES = 4 << 20  # ... and their text for each worker, which bounds the memory
 _SMALL = 4 << 20  # input for which another worker would start later than the work is done
@@ -84,6 +86,24 @@ def prepare(config: PrepareConfig, progress: bool = True) -> dict[str, Any]:
     and errors="strict", damaged) and for a full disk; and, with the folder left as it is, where another prepare
     works there, where it holds anything but this very dataset (or, to overwrite, another), and where a worker dies.
     """
+    config, files, skipped = find_inputs(config)
+    folder = Path(config.out_dir)
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            return Preparation(config, folder, files, skipped, progress).run()
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from None
+    finally:
+        if created:  # and nothing was kept
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def find_inputs(config: PrepareConfig) -> tuple[PrepareConfig, list[InputFile], list[str]]:
+    """The configuration with its paths spelled plainly, the files in reading order, and the names of those that are
+    skipped. Raises UserError where there is nothing to read."""
     if not config.inputs:
         raise UserError("inputs is empty; expected files or folders of text")
     if config.shard_tokens > MAX_SHARD_TOKENS:
@@ -96,18 +116,12 @@ def prepare(config: PrepareConfig, progress: bool = True) -> dict[str, Any]:
     # validation first: a training document that is also in there is the one to be dropped
     files, skipped = find_files(config.val_inputs, "val")
     more_files, more_skipped = find_files(config.inputs, "train" if config.val_inputs else "")
-    folder = Path(config.out_dir)
-    created = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            return _Preparation(config, folder, files + more_files, skipped + more_skipped, progress).run()
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from None
-    finally:
-        if created:  # and nothing was kept
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    return config, files + more_files, skipped + more_skipped
+
+
+def workers_for(input_bytes: int) -> int:
+    """Processes that encode so much, where nobody has said."""
+    return min(cores(), 1 + input_bytes // _SMALL)
 
 
 @contextlib.contextmanager
@@ -123,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Preparation:
+class Preparation:
     """One run over one folder."""
 
     def __init__(self, config: PrepareConfig, folder: Path, files: list[InputFile], skipped: list[str], progress: bool):
@@ -138,6 +152,7 @@ class _Preparation:
         self.long_kept = False
         self.counts = {split: {"documents": 0, "text_bytes": 0} for split in SPLITS}
         self.duplicates = self.empty = self.replaced = 0
+        self.replaced_in, self.val_in = _Files(), _Files()
         self.val_is_the_end = False  # of the text, as there were too few documents to choose from
         self.tokenizer_owned = False
         self.digests = DigestSet()
@@ -214,13 +229,16 @@ class _Preparation:
                 return f"{name} was {other.get(name)!r} and now is {value!r}"
         return "the input files have changed since"
 
+    def _holds_another(self, meta: dict[str, Any]) -> str:
+        return (
+            f"{self.folder} holds a dataset prepared otherwise ({self._difference(meta.get('settings', {}))}); "
+            f"choose another --out_dir, or replace it with --overwrite"
+        )
+
     def _already_done(self) -> dict[str, Any]:
         meta = read_meta(self.folder)
         if meta.get("fingerprint") != self.fingerprint:
-            raise UserError(
-                f"{self.folder} holds a dataset prepared otherwise ({self._difference(meta.get('settings', {}))}); "
-                f"choose another --out_dir, or replace it with --overwrite"
-            )
+            raise UserError(self._holds_another(meta))
         try:
             Dataset.open(self.folder)
         except UserError as error:
@@ -285,11 +303,30 @@ class _Preparation:
             f"({self._difference(state['settings'])}); choose another --out_dir, or replace it with --overwrite"
         )
 
+    def outlook(self, tokenizer: Tokenizer | None) -> str:
+        """What `run` would find in the folder, in words; empty where there is nothing. Raises UserError where it would
+        refuse the folder; nothing is changed."""
+        self.settings = self._settings(tokenizer)
+        self.fingerprint = self._fingerprint()
+        state = self.folder / STATE_FILE
+        if (self.folder / DATASET_FILE).exists():
+            same = read_meta(self.folder).get("fingerprint") == self.fingerprint
+            if self.config.overwrite:
+                return "holds a dataset, which is replaced"
+            if not same:
+                raise UserError(self._holds_another(read_meta(self.folder)))
+            return "holds this very dataset: there is nothing to do"
+        begun = _unsealed(state.read_bytes()) if state.exists() else None
+        if begun is not None and begun["fingerprint"] == self.fingerprint:
+            return f"holds an interrupted run, which goes on after {begun.get('consumed', 0):,} bytes of the inputs"
+        return ""
+
     # ---- the work --------------------------------------------------------------------------------
 
     def _work(self, state: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
         resumed = "position" in state
-        self._tell_skipped()
+        if skipped := self.told_skipped():
+            self.show.line(f"skipped {skipped}")
         self.tokenizer_owned = state["tokenizer_owned"]
         tokenizer = self._tokenizer(tokenizer, state if resumed else None)
         encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
@@ -306,11 +343,8 @@ class _Preparation:
         self.show.close()
         report = self._run_report(seconds, self._text_bytes() - text_before, resumed, already_done=False)
         self.show.line(self._summary(meta, report))
-        if 0 < meta["splits"]["val"]["tokens"] < FEW_TOKENS:
-            self.show.line(
-                f"warning: {meta['splits']['val']['tokens']} tokens are too few for a validation loss to rely on; give "
-                f"{'more --val_inputs' if self.config.val_inputs else 'a larger --val_fraction, or --val_inputs'}"
-            )
+        if warning := self._validation_warning(meta["splits"]["val"]):
+            self.show.line(f"warning: {warning}")
         return {**meta, "run": report}
 
     def _tokenizer(self, tokenizer: Tokenizer | None, resumed: dict[str, Any] | None) -> Tokenizer:
@@ -413,7 +447,7 @@ class _Preparation:
     def _workers(self) -> Inline | WorkerPool:
         """The processes that encode, started at the first call."""
         if self.pool is None:
-            workers = self.config.workers or min(cores(), 1 + self.input_bytes // _SMALL)
+            workers = self.config.workers or workers_for(self.input_bytes)
             self.pool = WorkerPool(workers) if workers > 1 else Inline()
         return self.pool
 
@@ -452,7 +486,8 @@ class _Preparation:
         self.encoded_input = piece.consumed
         runs: list[list[Any]] = []  # [split, first id, end]: neighbours that go to one place are written at once
         end = 0
-        for tokens, text_bytes, digest in zip(encoded.tokens, encoded.text_bytes, encoded.digests, strict=True):
+        documents = zip(encoded.tokens, encoded.text_bytes, encoded.digests, strict=True)
+        for number, (tokens, text_bytes, digest) in enumerate(documents):
             start, end = end, end + tokens
             if piece.kind == "part" and not piece.first:
                 split, kept = self.long_split, self.long_kept
@@ -467,6 +502,9 @@ class _Preparation:
                 continue
             self.counts[split]["documents"] += piece.last
             self.counts[split]["text_bytes"] += text_bytes
+            if split == "val":
+                # each document of such a piece is an item of it; the lines of a .jsonl file are one item
+                self.val_in.add(piece.where[number if len(piece.where) == len(encoded.tokens) else 0][0])
             if runs and runs[-1][0] == split and runs[-1][2] == start:
                 runs[-1][2] = end
             else:
@@ -474,7 +512,9 @@ class _Preparation:
         for split, start, end in runs:
             self.writers[split].append(ids[start:end])
         self.empty += encoded.empty
-        self.replaced += encoded.replaced
+        for name, count in encoded.replaced.items():
+            self.replaced += count
+            self.replaced_in.add(name)
         self.position, self.consumed = piece.position, piece.consumed
         self.show.update(self.consumed, self._text_bytes())
 
@@ -577,6 +617,8 @@ class _Preparation:
                 "duplicates": self.duplicates,
                 "empty": self.empty,
                 "replaced": self.replaced,
+                "replaced_in": dataclasses.asdict(self.replaced_in),
+                "val_in": dataclasses.asdict(self.val_in),
                 "val_is_the_end": self.val_is_the_end,
             }
         )
@@ -610,6 +652,7 @@ class _Preparation:
         self.position = Position(**state["position"])
         for name in ("consumed", "long_split", "long_kept", "duplicates", "empty", "replaced", "val_is_the_end"):
             setattr(self, name, state[name])
+        self.replaced_in, self.val_in = _Files(**state["replaced_in"]), _Files(**state["val_in"])
         self.encoded_ids, self.encoded_input = sum(w.tokens for w in self.writers.values()), self.consumed
 
     def _close(self) -> None:
@@ -658,13 +701,32 @@ class _Preparation:
             "already_done": already_done,
         }
 
-    def _tell_skipped(self) -> None:
-        """What a folder holds and is not read."""
-        if self.skipped:
-            count = len(self.skipped)
-            names = ", ".join(self.skipped[:3]) + (", ..." if count > 3 else "")
-            files = "1 file of another kind" if count == 1 else f"{count:,} files of other kinds"
-            self.show.line(f"skipped {files}: {names}; name a file itself to read it")
+    def told_skipped(self) -> str:
+        """What the folders hold and is not read, in words."""
+        if not self.skipped:
+            return ""
+        count = len(self.skipped)
+        names = ", ".join(self.skipped[:NAMES]) + (", ..." if count > NAMES else "")
+        files = "1 file of another kind" if count == 1 else f"{count:,} files of other kinds"
+        return f"{files}: {names}; name a file itself to read it"
+
+    def _validation_warning(self, val: dict[str, Any]) -> str:
+        """What is wrong with the validation split, if anything, and the remedy."""
+        remedy = "more --val_inputs" if self.config.val_inputs else "a larger --val_fraction, or --val_inputs"
+        if 0 < val["tokens"] < FEW_TOKENS:
+            return f"{val['tokens']} tokens are too few for a validation loss to rely on; give {remedy}"
+        if self.val_is_the_end and len(self.files) > 1:
+            return (
+                f"validation is the end of the text, in {self.files[-1].name}, so its loss tells little of the other "
+                f"files; give --val_inputs"
+            )
+        if self.val_is_the_end or not 0 < val["documents"] < FEW_DOCUMENTS or self.config.val_inputs:
+            return ""
+        count = "1 document" if val["documents"] == 1 else f"{val['documents']} documents"
+        return (
+            f"validation is {count} alone, from {self.val_in.told()}, and its loss depends on what is in there; give "
+            f"{remedy}"
+        )
 
     def _summary(self, meta: dict[str, Any], report: dict[str, Any]) -> str:
         train, val = (meta["splits"][split] for split in SPLITS)
@@ -674,7 +736,7 @@ class _Preparation:
             for count, what in (
                 (self.duplicates, "duplicates dropped"),
                 (self.empty, "empty documents left out"),
-                (self.replaced, "invalid UTF-8 sequences replaced"),
+                (self.replaced, f"invalid UTF-8 sequences replaced, in {self.replaced_in.told()}"),
             )
             if count
         ]
@@ -684,6 +746,27 @@ class _Preparation:
             f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, as {meta['dtype']}, in "
             f"{report['seconds']:.1f} s ({report['mb_per_second']:.1f} MB/s)" + "".join(f"; {note}" for note in notes)
         )
+
+
+@dataclasses.dataclass
+class _Files:
+    """Files that have something in common, met in reading order: how many, and the names of the first few."""
+
+    names: list[str] = dataclasses.field(default_factory=list)
+    count: int = 0
+    last: str = ""
+
+    def add(self, name: str) -> None:
+        if name == self.last:
+            return
+        self.last = name
+        self.count += 1
+        if len(self.names) < NAMES:
+            self.names.append(name)
+
+    def told(self) -> str:
+        more = self.count - len(self.names)
+        return ", ".join(self.names) + (f" and {more:,} more file{'s' * (more > 1)}" if more else "")
 
 
 def _checksum(state: dict[str, Any]) -> str:
