@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -67,7 +68,11 @@ def plot(run_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
     return plot_runs([run_dir], out)
 
 
-def plot_runs(runs: Sequence[Union[str, Path]], out: Union[str, Path, None] = None) -> Path:
+def plot_runs(
+    runs: Sequence[Union[str, Path]],
+    out: Union[str, Path, None] = None,
+    warn: Optional[Callable[[str], None]] = None,
+) -> Path:
     """Draw the training losses and validations of runs, from their metrics.jsonl, over the seconds they trained.
 
     Returns the path of the picture (.png, .svg or .pdf). Unless `out` is given it is loss.png in the run's folder, for
@@ -76,14 +81,28 @@ def plot_runs(runs: Sequence[Union[str, Path]], out: Union[str, Path, None] = No
     elsewhere. Where a single run's folder holds a ladder.json (the demo's), its
     entries are drawn as lines and the validations are marked as sample times.
 
+    Of several, one that cannot be drawn is left out and told of through `warn` (stderr when not given).
+
     Raises UserError where there is nothing to draw, the picture cannot be written, or matplotlib is missing.
     """
-    first = Path(runs[0])
+    warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
+    if out is not None and Path(out).suffix.lower() not in FORMATS:
+        raise UserError(f"cannot draw {out}: expected a name that ends in {', '.join(FORMATS)}")
+    read, problems = [], []
+    for run in runs:
+        try:
+            read.append(Run.read(run))
+        except UserError as error:
+            problems.append(str(error))
+    if not read:
+        several = f"; none of the {len(problems)} can be drawn" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{several}")
+    for problem in problems:
+        warn(f"left out: {problem}")
+    runs = [run.folder for run in read]
+    first = runs[0]
     path = first / "loss.png" if len(runs) == 1 else first.parent / f"loss-{len(runs)}-runs.png"
     path = path if out is None else Path(out)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}")
-    read = [Run.read(run) for run in runs]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
