@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import native, ops
 from .config import ModelConfig
 
 INIT_STD = 0.02
@@ -183,6 +183,18 @@ class Context:
         self.doc_end: Tensor | None = None
         self.cos: Tensor | None = None  # (block_size, rotated dims / 2), fp32
         self.sin: Tensor | None = None
+
+
+def ops_of(config: ModelConfig) -> list[str]:
+    """The ops that a training step of such a model calls, named as `native.OPS` names them."""
+    found = {"attention", "embedding", "linear_cross_entropy", "adamw_", "grad_norm"}
+    found.add({"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[config.norm])
+    found.add({"swiglu": "swiglu", "relu": ""}.get(config.activation, "gelu"))
+    if config.positions == "rope":
+        found.add("rotary")  # the norm of Q and K included
+    elif config.qk_norm:
+        found.add("rms_norm")
+    return [op for op in native.OPS if op in found]
 
 
 class GPT(nn.Module):

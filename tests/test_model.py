@@ -168,6 +168,25 @@ def test_documents_do_not_see_each_other(model):
     assert torch.equal(model(changed, cu_seqlens=cu_seqlens)[:, 10:], together[:, 10:])
 
 
+def test_the_ops_of_a_step_are_known_before_it(monkeypatch):
+    """Those that ask for an implementation: each is refused at the start where its kernel is required and missing."""
+    from fastgpt import native, ops
+    from fastgpt.config import OptimConfig
+    from fastgpt.model import ops_of
+    from fastgpt.optim import build_optimizer
+
+    asked: set[str] = set()
+    monkeypatch.setattr(native, "select", lambda x, op="": asked.add(op))
+    for kind in SHAPES:
+        for changes in ({}, {"qk_norm": True}, {"activation": "relu"}, {"activation": "gelu"}):
+            asked.clear()
+            model = make(kind, **changes)
+            model(tokens(2, 8), tokens(2, 8)).backward()
+            ops.grad_norm([p.grad for p in model.parameters()])
+            build_optimizer(model, OptimConfig()).step()
+            assert asked == set(ops_of(model.config)), (kind, changes)
+
+
 def test_accumulated_micro_batches_equal_one_batch(model):
     """Unequal numbers of targets, one divisor for all."""
     idx, targets = tokens(6, 16), tokens(6, 16, seed=2)

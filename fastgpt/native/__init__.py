@@ -19,6 +19,7 @@ from ..errors import UserError
 from . import loading
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Every op of `fastgpt.ops`, in the order in which the doctor prints them.
@@ -81,6 +82,17 @@ def select(x: Tensor, op: str = "") -> Any:
                 "emulated(only=...) leaves other ops to the reference"
             )
     return None
+
+
+def require(device: torch.device, ops: Iterable[str]) -> None:
+    """Raises KernelsMissing where kernels are required and one of these ops has none for `device`: what `select` would
+    say in the midst of the work."""
+    if device.type != "cuda" or not kernels_required():
+        return
+    _check_devices()
+    for op in ops:
+        if op not in cuda_ops():
+            _without_kernels(op)
 
 
 def cuda_ops() -> frozenset[str]:
