@@ -115,7 +115,7 @@ def _ops(torch: Any, problems: list[Problem]) -> list[dict[str, str]]:
     return rows
 
 
-def _threads(torch: Any, problems: list[Problem]) -> None:
+def _threads(torch: Any, others: float | None, problems: list[Problem]) -> None:
     if torch is None:
         return
     threads, cores, quota = torch.get_num_threads(), machine.cores(), machine.cpu_quota()
@@ -125,11 +125,14 @@ def _threads(torch: Any, problems: list[Problem]) -> None:
     elif "OMP_NUM_THREADS" in os.environ and threads * 2 < cores:
         what = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} leaves most of the {cores} cores idle"
         problems.append(Problem(what, "unset OMP_NUM_THREADS"))
+    if machine.crowded(threads, others):
+        problems.append(Problem(machine.crowd(threads, others), machine.CROWD_REMEDY))
 
 
 def examine(path: str | Path = ".") -> dict[str, Any]:
     """Everything that `fastgpt doctor` reports, as plain values for JSON; `path` is where space is looked for."""
     problems: list[Problem] = []
+    load = machine.OtherLoad()
     if sys.version_info[:2] < OLDEST_PYTHON:
         wanted = ".".join(map(str, OLDEST_PYTHON))
         what = f"Python {platform.python_version()} is too old"
@@ -147,7 +150,7 @@ def examine(path: str | Path = ".") -> dict[str, Any]:
     if free < LITTLE_DISK:
         problems.append(Problem(f"only {size(free)} are free on the disk of {path}", "make room"))
     gpus = _gpus(torch, driver, problems)
-    _threads(torch, problems)
+    _threads(torch, load.cores(), problems)
     return {
         "fastgpt": importlib.import_module("fastgpt").__version__,
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # The instruction sets that matter to training, by their names in /proc/cpuinfo, and what each is good for.
@@ -62,6 +63,53 @@ def cpu_quota() -> float | None:
     if quota.isdigit() and period.isdigit() and int(period):
         return int(quota) / int(period)
     return None
+
+
+class OtherLoad:
+    """How much of this machine's cores other programs use, from its creation on."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._began = self._now()
+
+    def cores(self) -> float | None:
+        """Cores' worth of time since then, of those that this process may use; None where the system does not tell."""
+        busy, own, now = self._now()
+        seconds = now - self._began
+        if busy is None or self._busy is None or seconds < 0.05:  # a few of the system's clock ticks
+            return None
+        return max(0.0, (busy - self._busy - (own - self._own)) / seconds)
+
+    @staticmethod
+    def _now() -> tuple[float | None, float, float]:
+        """Seconds that these cores have worked, that this process has, and the time."""
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        ticks = None
+        for line in _read("/proc/stat").splitlines():
+            name, *counts = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in usable:
+                user, nice, system, _idle, _waiting, *interrupts = map(int, counts[:8])
+                ticks = (ticks or 0) + user + nice + system + sum(interrupts[:2])
+        busy = None if ticks is None else ticks / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:2]), time.monotonic()
+
+
+SPARE_CORES = 0.5  # of other programs' use: below, the machine merely has something to do
+CROWD_REMEDY = "end them, or set OMP_WAIT_POLICY=PASSIVE, or a smaller OMP_NUM_THREADS"
+
+
+def crowded(threads: int, others: float | None) -> bool:
+    """Whether the threads of one program have fewer cores than they need, since `others` keep some busy. OpenMP's spin
+    at a barrier, so they take the time of the one that all of them wait for."""
+    spins = os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and os.environ.get("GOMP_SPINCOUNT") != "0"
+    return spins and threads > 1 and others is not None and threads + others > cores() + SPARE_CORES
+
+
+def crowd(threads: int, others: float) -> str:
+    """What `crowded` found, in words."""
+    return (
+        f"other programs keep {others:.1f} of the {cores()} cores busy, so that the {threads} threads of torch "
+        f"wait for each other and steps may take many times as long"
+    )
 
 
 def memory() -> tuple[int, int]:

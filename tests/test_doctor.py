@@ -269,3 +269,50 @@ def test_free_space_is_found_for_a_folder_that_is_not_there_yet(monkeypatch, tmp
 )
 def test_numbers_for_people(text, expected):
     assert text == expected
+
+
+def test_other_programs_on_the_same_cores_are_seen(monkeypatch):
+    """From the counts of the system, in hundredths of seconds: user, nice, system, idle, waiting, interrupts."""
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(machine.os, "times", lambda: (own, 0.0, 9.0, 9.0, 0.0))
+    stat = "cpu  9 9 9 9\ncpu0 {} 10 100 5000 7 1 2 0\ncpu1 {} 0 0 0 0 0 0 0\ncpu2 50 0 0 0 0 0 0 0\nintr 3\n"
+    monkeypatch.setattr(machine, "_read", lambda path: stat.format(*user))
+    now, own, user = 100.0, 3.0, (1000, 500)
+    load = machine.OtherLoad()
+    now, own, user = 102.0, 3.5, (1150, 900)  # core 1 is not ours
+    assert load.cores() == pytest.approx((1.5 - 0.5) / 2)
+    monkeypatch.setattr(machine, "_read", lambda path: "")
+    assert machine.OtherLoad().cores() is None and load.cores() is None
+
+
+@pytest.mark.parametrize(
+    ("threads", "others", "environment", "told"),
+    [
+        (2, 1.0, {}, True),
+        (2, 0.4, {}, False),
+        (1, 2.0, {}, False),  # a thread alone waits for none
+        (2, None, {}, False),
+        (2, 2.0, {"OMP_WAIT_POLICY": "passive"}, False),
+        (2, 2.0, {"GOMP_SPINCOUNT": "0"}, False),
+    ],
+)
+def test_a_busy_machine_is_told_where_threads_would_wait(threads, others, environment, told, monkeypatch):
+    import torch
+
+    from fastgpt.estimate import load_warning
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine.OtherLoad, "cores", lambda self: others)
+    found = [what for what in problems() if "keep" in what]
+    assert bool(found) == told == bool(load_warning(torch.device("cpu"), others))
+    assert load_warning(torch.device("cuda"), others) == []
+    if told:
+        assert "other programs keep 1.0 of the 2 cores busy" in found[0]
+        assert "OMP_WAIT_POLICY=PASSIVE" in load_warning(torch.device("cpu"), others)[0]
