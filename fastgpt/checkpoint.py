@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+SAVE_AGAIN_SECONDS = 1.0  # between two tries of a run that is about to end
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -144,15 +146,15 @@ def hold(run_dir: Path) -> FolderLock:
 class Keeper:
     """Saves a run's checkpoints and keeps the newest few and the best.
 
-    A save that the disk refuses is warned of and due again at step `retry_at`; the third failure in a row raises
-    UserError. An old checkpoint that cannot be deleted is only warned of.
+    A save that the disk refuses is warned of and due again at step `retry_at`, at the latest at `last_step`, the
+    run's end; the third failure in a row raises UserError. An old checkpoint that cannot be deleted is only warned of.
     """
 
     TRIES = 3
     RETRY_STEPS = 20
 
-    def __init__(self, run_dir: str | Path, keep_last: int, warn: Callable[[str], None]):
-        self.run_dir, self.keep_last, self.warn = Path(run_dir), keep_last, warn
+    def __init__(self, run_dir: str | Path, keep_last: int, warn: Callable[[str], None], last_step: float = math.inf):
+        self.run_dir, self.keep_last, self.warn, self.last_step = Path(run_dir), keep_last, warn, last_step
         self.failures = 0
         self.retry_at: int | None = None
         self.last_saved: int | None = None
@@ -185,8 +187,17 @@ class Keeper:
                 shutil.rmtree(aside, ignore_errors=True)  # set aside before, at the same step
                 os.replace(path, aside)
 
-    def save(self, step: int, weights: dict, optimizer: dict, state: dict[str, Any], best_step: int | None) -> bool:
-        """True where a checkpoint of this step is now on the disk."""
+    def save(
+        self,
+        step: int,
+        weights: dict,
+        optimizer: dict,
+        state: dict[str, Any],
+        best_step: int | None,
+        leaving: bool = False,
+    ) -> bool:
+        """True where a checkpoint of this step is now on the disk. `leaving`: no step follows, the caller tries again
+        by itself."""
         if self.last_saved == step:
             return True
         known_best = best_step is not None and best_step in (step, *self._steps())
@@ -196,10 +207,14 @@ class Keeper:
         except OSError as error:
             self.failures += 1
             reason = f"could not save a checkpoint in {self.run_dir} ({error.strerror or error})"
+            there = self._steps()
             if self.failures >= self.TRIES:
-                raise UserError(f"{reason}, {self.TRIES} times in a row; make room and resume") from None
-            self.retry_at = step + self.RETRY_STEPS
-            self.warn(f"{reason}; the older ones are kept, and it is tried again at step {self.retry_at}")
+                begin = folder_name(there[-1]) if there else "the beginning: nothing was saved so far"
+                raise UserError(f"{reason}, {self.TRIES} times in a row; make room and resume, from {begin}") from None
+            self.retry_at = int(min(step + self.RETRY_STEPS, self.last_step))
+            again = f"in {SAVE_AGAIN_SECONDS:g} s" if leaving else f"at step {self.retry_at}"
+            kept = "the older ones are kept, and it" if there else "it"
+            self.warn(f"{reason}; {kept} is tried again {again}")
             return False
         self.failures, self.retry_at, self.last_saved, self.kept_best = 0, None, step, kept_best
         self._prune()

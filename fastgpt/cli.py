@@ -54,6 +54,8 @@ class PrepareOptions(_Config):
 
     config: Optional[str] = None
     """A .toml or .json file with PrepareConfig's fields: the base that the other options change."""
+    dry_run: bool = False
+    """Show files, what is dropped, tokens, disk and time, from a sample of the inputs; write nothing."""
     print_config: bool = False
     """Print the whole configuration as TOML, fit for --config, and do nothing else."""
 
@@ -68,11 +70,13 @@ class TrainOptions(_Config):
     """A named shape as the base of the model."""
     resume: Optional[str] = None
     """auto: go on from the newest intact checkpoint of out_dir, or start if there is none. Or the folder of a run
-    or of a checkpoint. Without --config and --preset the run's own config.toml is the base."""
+    or of a checkpoint. Without --config and --preset the run's own config.toml is the base. With a larger --steps a
+    run that has ended is trained longer."""
     allow_changes: bool = False
-    """Resume although the learning rate, data or another setting that matters has changed; it is recorded."""
+    """Resume although the learning rate, data or another setting that matters has changed; it is recorded. More
+    --steps need no such word."""
     dry_run: bool = False
-    """Show parameters, memory, disk, tokens and time; train nothing, write nothing."""
+    """Show parameters, memory, disk, tokens and time, with --resume of what is left; train nothing, write nothing."""
     print_config: bool = False
     """Print the whole configuration as TOML, fit for --config, and do nothing else."""
 
@@ -140,9 +144,18 @@ def prepare(argv: list[str], prog: str) -> int:
         return _print(config.to_toml())
     if not config.inputs:
         raise UserError(f"{prog} needs files or folders to read: {prog} INPUT... --out_dir {config.out_dir}")
-    from .data import prepare as prepare_data
+    with _whole_imports():
+        from .data import prepare as prepare_data
 
-    prepare_data(config)
+    if options.dry_run:
+        from .data.plan import plan, report
+
+        return _print(report(plan(config), config) + "\n")
+    try:
+        prepare_data(config)
+    except KeyboardInterrupt:
+        begun = (Path(config.out_dir) / "prepare.json").exists()
+        raise KeyboardInterrupt("the same command goes on from here" if begun else "nothing was written") from None
     with contextlib.suppress(OSError):  # a closed stderr is no matter
         folder = shlex.quote(config.out_dir)
         command = f"{_program()} train --preset tiny --data.path {folder} --batch_tokens 4096 --out_dir runs/first"
@@ -203,25 +216,81 @@ def train(argv: list[str], prog: str) -> int:
     if options.print_config:
         return _print(config.to_toml())
     if options.dry_run:
-        from .estimate import estimate, report
-
-        return _print(report(estimate(config), config) + "\n")
+        return _train_dry_run(config, options)
     with _output_may_fail():
-        from .estimate import plan_warnings
-        from .progress import ConsoleProgress
-        from .train import EXIT_INTERRUPTED, Trainer
+        from .machine import OtherLoad
 
-        trainer = Trainer(
-            config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
-        )
-        for warning in plan_warnings(config, trainer.data.tokens):
+        others = OtherLoad()
+        try:
+            with _whole_imports():
+                from .estimate import load_warning, plan_warnings
+                from .progress import ConsoleProgress
+                from .train import EXIT_INTERRUPTED, Trainer
+            load = others.cores()
+
+            trainer = Trainer(
+                config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was trained, and nothing written") from None
+        for warning in [*plan_warnings(config, trainer.data.tokens), *load_warning(trainer.device, load)]:
             trainer.warn(warning)
+        begun = trainer.progress.step
         trainer.fit()
-        if not trainer.interrupted:
-            return 0
         command = f"{_program()} train --resume auto --out_dir {shlex.quote(config.out_dir)}"
-        print(f"fastgpt: all is saved, and this goes on: {command}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        if trainer.interrupted:
+            print(f"fastgpt: all is saved, and this goes on: {command}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if begun >= config.steps > 0:
+            print(f"fastgpt: {_is_over(begun, config.steps, command)}", file=sys.stderr)
+        return 0
+
+
+def _is_over(step: int, steps: int, command: str) -> str:
+    return (
+        f"nothing was left to train, as all {steps:,} steps of this run are done; with more --steps it goes on: "
+        f"{command} --steps {step + steps}"
+    )
+
+
+def _train_dry_run(config: TrainConfig, options: TrainOptions) -> int:
+    """What a run would take, or what is left of the one that would be resumed, which is refused as it would be."""
+    with _whole_imports():
+        from .data import Dataset
+        from .estimate import estimate, report
+        from .resume import check_same_run, find_checkpoint
+    state = None
+    if options.resume is not None and (found := find_checkpoint(config, options.resume, _warn)) is not None:
+        state = found.state
+        check_same_run(found, config, Dataset.open(config.data.path), options.allow_changes, _warn)
+        del found  # its tensors are not to be counted as memory in use
+        if state["step"] >= config.steps:
+            command = f"{_program()} train --resume auto --out_dir {shlex.quote(config.out_dir)}"
+            return _print(_is_over(state["step"], config.steps, command) + "\n")
+    with contextlib.suppress(OSError):
+        print("fastgpt: timing a few steps ...", file=sys.stderr)
+    return _print(report(estimate(config, state), config) + "\n")
+
+
+def _warn(message: str) -> None:
+    print(f"fastgpt: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _whole_imports() -> Iterator[None]:
+    """A Ctrl-C comes when the imports inside are done: what one of them says when it is cut short is its own affair."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def sample(argv: list[str], prog: str) -> int:
@@ -234,10 +303,11 @@ def sample(argv: list[str], prog: str) -> int:
         positional=Positional("RUN", "the folder of a run, or of one of its checkpoints"),
     )
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    import torch
+    with _whole_imports():
+        import torch
 
-    from .checkpoint import load_model
-    from .precision import resolve_device
+        from .checkpoint import load_model
+        from .precision import resolve_device
 
     device = resolve_device(config.device)
     model, tokenizer = load_model(run, device)
@@ -483,8 +553,9 @@ def _main(argv: list[str]) -> int:
     except BrokenPipeError:
         _silence(sys.stdout)
         return EXIT_SIGPIPE
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        begin = "\n" if sys.stderr.isatty() else ""  # after what the terminal shows of the key
+        print(f"{begin}fastgpt: {'; '.join(['interrupted', *map(str, interrupt.args)])}", file=sys.stderr)
         return EXIT_SIGINT
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -492,7 +492,8 @@ class TrainConfig(_Config):
     out_dir: str = "runs/default"
     """Folder of the run: checkpoints, metrics.jsonl, config.toml."""
     steps: int = _number(5000, 0)
-    """Optimizer steps in the whole run."""
+    """Optimizer steps in the whole run. A run that has ended goes on where it is resumed with more: the learning rate
+    then follows the schedule of the longer run."""
     batch_tokens: int = _number(524288, 1)
     """Tokens per optimizer step over all micro-batches: a multiple of micro_batch_size * block_size."""
     micro_batch_size: int = _number(16, 1)

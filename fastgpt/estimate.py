@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ class Estimate:
     precision: str
     device: str
     steps: int
+    """Still to be done."""
     tokens: int
-    """Read over the whole run."""
+    """Read in these steps."""
     dataset_tokens: int | None
     """In the training split; None without a prepared dataset."""
     state_bytes: int
@@ -60,6 +62,8 @@ class Estimate:
     """`seconds` was measured here and now; otherwise estimated."""
     how: str
     """How `seconds` was found, in words."""
+    done: int = 0
+    """Steps of the run before these: it is resumed."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +71,7 @@ class Estimate:
 
     @property
     def epochs(self) -> float | None:
-        """Times that the run reads the training split; None without a prepared dataset."""
+        """Times that these steps read the training split; None without a prepared dataset."""
         return self.tokens / self.dataset_tokens if self.dataset_tokens else None
 
 
@@ -150,12 +154,20 @@ def _dataset_tokens(path: str) -> int | None:
     return Dataset.open(path).split("train").tokens if (Path(path) / "dataset.json").exists() else None
 
 
-def estimate(config: TrainConfig) -> Estimate:
+def estimate(config: TrainConfig, resumed: dict[str, Any] | None = None) -> Estimate:
     """Look at a run without starting it: nothing is written. Takes a few seconds where steps can be timed.
+
+    resumed: the state of the checkpoint that it goes on from; then what is left of the run is looked at.
 
     Raises UserError where the device or the dataset cannot be used.
     """
     device = resolve_device(config.device)
+    done = 0
+    if resumed is not None:
+        done = min(resumed["step"], config.steps)
+        if config.precision == "auto":
+            config = config.replace(precision=resumed["precision"])
+    steps = config.steps - done
     precision = config.precision
     if precision == "auto":  # until it is measured
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -170,14 +182,14 @@ def estimate(config: TrainConfig) -> Estimate:
         0.8 * (available - state) / activation_bytes(config.model, block_size, precision) if available else math.inf
     )
     rows = int(min(config.micro_batch_size, max(in_time, float(in_time * PATIENCE >= 1)), in_memory))
-    micro_batches = config.steps * config.accumulation
+    micro_batches = steps * config.accumulation
     if rows:
         timed = config.replace(micro_batch_size=rows, batch_tokens=rows * block_size)
         if config.precision == "auto":
             precision, _ = measure_precision(timed, device, repeats=1)
             _, state, checkpoint = _sizes(config, precision)
         micro_batch, update = _time_steps(timed, device, precision)
-        seconds = micro_batches * micro_batch * config.micro_batch_size / rows + config.steps * update
+        seconds = micro_batches * micro_batch * config.micro_batch_size / rows + steps * update
         part = "" if rows == config.micro_batch_size else f", {rows} of their {config.micro_batch_size} rows"
         how = f"measured: micro-batches of random tokens{part}"
     else:
@@ -189,8 +201,8 @@ def estimate(config: TrainConfig) -> Estimate:
         parameters=parameters,
         precision=precision,
         device=str(device),
-        steps=config.steps,
-        tokens=config.steps * config.batch_tokens,
+        steps=steps,
+        tokens=steps * config.batch_tokens,
         dataset_tokens=_dataset_tokens(config.data.path),
         state_bytes=state,
         activation_bytes=activation_bytes(config.model, config.micro_batch_size * block_size, precision),
@@ -201,6 +213,7 @@ def estimate(config: TrainConfig) -> Estimate:
         seconds=seconds,
         timed=rows > 0,
         how=how,
+        done=done,
     )
 
 
@@ -217,10 +230,11 @@ def report(found: Estimate, config: TrainConfig) -> str:
     place = f"{size(found.disk_bytes)} are free at {config.out_dir}"
     assumed = " (assumed: auto measures when the run begins)" if config.precision == "auto" and not found.timed else ""
     each = f"{config.micro_batch_size} x {config.model.block_size} tokens each"
+    after = f", after {found.done:,} of {found.done + found.steps:,} that are done" if found.done else ""
     rows = {
         "parameters": f"{found.parameters:,}",
         "precision": f"{found.precision} on {found.device}{assumed}",
-        "tokens": f"{found.tokens:,} in {found.steps:,} steps of {config.batch_tokens:,} ({share})",
+        "tokens": f"{found.tokens:,} in {found.steps:,} steps of {config.batch_tokens:,}{after} ({share})",
         "micro-batches": f"{config.accumulation} a step, {each}",
         "memory": f"about {size(needed)} ({parts}){free}",
         "checkpoint": f"{size(found.checkpoint_bytes)}, at most {found.checkpoints} at a time ({size(disk)}); {place}",
@@ -255,3 +269,10 @@ def plan_warnings(config: TrainConfig, dataset_tokens: int | None) -> list[str]:
             f"lower --optim.warmup_steps or raise --steps."
         )
     return lines
+
+
+def load_warning(device: torch.device, others: float | None) -> list[str]:
+    """A line where other programs, which keep `others` cores busy, make the threads of a step wait for each other."""
+    if device.type != "cpu" or not machine.crowded(torch.get_num_threads(), others):
+        return []
+    return [f"{machine.crowd(torch.get_num_threads(), others)}; {machine.CROWD_REMEDY}."]

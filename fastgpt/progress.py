@@ -21,6 +21,9 @@ class ConsoleProgress(Callback):
         self.task: Any = None
         self.speed: float | None = None  # tokens/s, smoothed over about twenty steps
 
+    def on_measure(self, trainer: Trainer) -> None:
+        self._line("measuring whether float32 or bfloat16 is faster here ...")
+
     def on_start(self, trainer: Trainer) -> None:
         config, model = trainer.config, trainer.model
         measured = ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in trainer.precision_seconds.items())

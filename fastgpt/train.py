@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .checkpoint import Checkpoint, Keeper, hold, latest, load_training_tensors, resolve, training_tensors
+from . import native, ops
+from .checkpoint import SAVE_AGAIN_SECONDS, Checkpoint, Keeper, hold, load_training_tensors, training_tensors
 from .config import TrainConfig
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
@@ -30,19 +30,20 @@ from .files import write_atomically
 from .flops import flops_per_token, peak_flops
 from .machine import keep_freed_memory
 from .metrics import MetricsLog
-from .model import GPT
+from .model import GPT, ops_of
 from .optim import build_optimizer
 from .precision import apply_precision, measure_precision, resolve_device
+from .resume import check_same_run, find_checkpoint
 from .schedule import learning_rate_scale
 
 EXIT_INTERRUPTED = 75  # a signal came, the run was saved, and `--resume auto` goes on
 
-# What may differ between a checkpoint and the run that resumes it without changing any result.
-FREE_TO_CHANGE = ("out_dir", "log_every", "device", "eval", "checkpoint", "max_bad_steps", "precision", "data.path")
-
 
 class Callback:
     """What can be hung on a run. Time spent here is not counted as training time."""
+
+    def on_measure(self, trainer: Trainer) -> None:
+        """Before the dtypes are timed, where precision is auto on a CPU; there is no model yet."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, the model built and a checkpoint, if any, loaded."""
@@ -95,7 +96,7 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         warn: Callable[[str], None] | None = None,
     ):
-        from .data import Batches, Dataset
+        from .data import Dataset
 
         self.config, self.callbacks = config, list(callbacks)
         self.warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
@@ -104,19 +105,29 @@ class Trainer:
         self.dataset.check(config.model.vocab_size, config.model.block_size)
         self.data, self.validation = self.dataset.split("train"), self.dataset.split("val")
         self.device = resolve_device(config.device)
+        native.require(self.device, ops_of(config.model))
         if self.device.type == "cpu":
             keep_freed_memory()
         self._lock = hold(self.run_dir)  # before its checkpoints are looked at: another run may be writing them
         try:
-            checkpoint = self._checkpoint_to_go_on_from(resume, allow_changes)
-        except BaseException:
+            self._build(resume, allow_changes)
+        except BaseException:  # a Ctrl-C too
             self._lock.undo()
             raise
+
+    def _build(self, resume: str | None, allow_changes: bool) -> None:
+        """Model, optimizer, batches and progress: new ones, or those of the checkpoint to go on from."""
+        from .data import Batches
+
+        config = self.config
+        checkpoint = self._checkpoint_to_go_on_from(resume, allow_changes)
         self.precision, self.precision_seconds = config.precision, {}
         if config.precision == "auto":
             if checkpoint is not None:
                 self.precision = checkpoint.state["precision"]
             else:
+                if self.device.type == "cpu":
+                    self._call("on_measure")
                 self.precision, self.precision_seconds = measure_precision(config, self.device)
         draw = torch.Generator().manual_seed(config.seed)
         self.model = apply_precision(GPT(config.model, draw).to(self.device), self.precision)
@@ -147,16 +158,17 @@ class Trainer:
         config, progress = self.config, self.progress
         if not self._lock.held:
             self._lock = hold(self.run_dir)
+        restore_handlers = self._catch_signals()
         try:
             write_atomically(self.run_dir / "config.toml", config.to_toml())
             self.dataset.save_tokenizer(self.run_dir / "tokenizer.json")
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", progress.step, self.warn)
         except BaseException as error:
+            restore_handlers()
             self._lock.release()
             if not isinstance(error, OSError):
                 raise
             raise UserError(f"cannot write to {self.run_dir}: {error.strerror}; make room there and resume") from None
-        restore_handlers = self._catch_signals()
         try:
             self.model.train()
             self._call("on_start")
@@ -175,8 +187,8 @@ class Trainer:
                 if last or progress.step % config.log_every == 0:
                     self.log.write(metrics)
                 self._call("on_step", metrics)
-            while not self._save():  # each failure counts, and the last one raises
-                time.sleep(1.0)
+            while not self._save(leaving=True):  # each failure counts, and the last one raises
+                time.sleep(SAVE_AGAIN_SECONDS)
             self._call("on_end")
         finally:
             restore_handlers()
@@ -293,14 +305,14 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         progress, every = self.progress, self.config.checkpoint.every
-        if progress.step == 0 or progress.evaluation_due:
+        if progress.step in (0, self.config.steps) or progress.evaluation_due:  # the end is saved by itself
             return False
         if self.keeper.retry_at is not None:
             return progress.step >= self.keeper.retry_at
         is_best = self.config.checkpoint.keep_best and progress.best_step == progress.step
         return is_best or bool(every and progress.step % every == 0)
 
-    def _save(self) -> bool:
+    def _save(self, leaving: bool = False) -> bool:
         weights, moments = training_tensors(self.model, self.optimizer)
         state = {
             "config": self.config.to_dict(),
@@ -311,56 +323,22 @@ class Trainer:
             "changes": self.changes,
         }
         best = self.progress.best_step if self.config.checkpoint.keep_best else None
-        return self.keeper.save(self.progress.step, weights, moments, state, best)
+        return self.keeper.save(self.progress.step, weights, moments, state, best, leaving)
 
     def _checkpoint_to_go_on_from(self, resume: str | None, allow_changes: bool) -> Checkpoint | None:
         """The checkpoint, if there is one: with it begin the progress and the folder's keeping."""
-        checkpoint = self._find_checkpoint(resume)
+        checkpoint = find_checkpoint(self.config, resume, self.warn)
         self.progress, self.changes = Progress(), []
         if checkpoint is not None:
-            self._check_same_run(checkpoint, allow_changes)
+            self.changes = check_same_run(checkpoint, self.config, self.dataset, allow_changes, self.warn)
             self.progress = Progress(**checkpoint.state["progress"])
-        self.keeper = Keeper(self.run_dir, self.config.checkpoint.keep_last, self.warn)
+        self.keeper = Keeper(self.run_dir, self.config.checkpoint.keep_last, self.warn, self.config.steps)
         self.keeper.tidy(self.progress.step)
         if checkpoint is not None and checkpoint.path.parent.parent.resolve() == self.run_dir.resolve():
             self.keeper.last_saved, self.keeper.kept_best = self.progress.step, checkpoint.state.get("kept_best")
         else:  # the best so far lies in another folder
             self.progress.best_loss = self.progress.best_step = None
         return checkpoint
-
-    def _find_checkpoint(self, resume: str | None) -> Checkpoint | None:
-        if resume == "auto":
-            found = latest(self.run_dir, self.warn)
-            if found is None:
-                self.warn(f"nothing to resume in {self.run_dir}: a new run begins")
-            return found
-        own = latest(self.run_dir, self.warn, optimizer=False)
-        if resume is not None:
-            checkpoint = resolve(resume)
-            if own is not None and own.path.resolve() != checkpoint.path.resolve():
-                raise UserError(f"{self.run_dir} already goes on to {own.path.name}; give another --out_dir")
-            return checkpoint
-        if own is not None:
-            raise UserError(f"{self.run_dir} has a run up to {own.path.name}; give --resume auto or another --out_dir")
-        return None
-
-    def _check_same_run(self, checkpoint: Checkpoint, allow_changes: bool) -> None:
-        saved, now = checkpoint.state["config"], self.config.to_dict()
-        self.dataset.check_tokenizer(checkpoint.state["tokenizer_sha256"], owner=str(checkpoint.path))
-        changes = list(differences(saved, now))
-        if checkpoint.state["dataset_sha256"] != self.dataset.meta["sha256"]:
-            changes.append(f"data: what was in {saved['data']['path']} -> {self.config.data.path}")
-        if self.config.precision not in ("auto", checkpoint.state["precision"]):
-            changes.append(f"precision: {checkpoint.state['precision']} -> {self.config.precision}")
-        if shape := [text for text in changes if text.startswith("model.")]:
-            raise UserError(f"{checkpoint.path} holds another model: {'; '.join(shape)}")
-        if changes and not allow_changes:
-            raise UserError(
-                f"{checkpoint.path} was trained otherwise: {'; '.join(changes)}; give --allow-changes to go on so"
-            )
-        self.changes = [*checkpoint.state["changes"]]
-        if changes:
-            self.changes.append({"step": checkpoint.state["step"], "changes": changes})
 
     # ---- signals and callbacks ---------------------------------------------------------------------
 
@@ -385,15 +363,3 @@ class Trainer:
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
-
-
-def differences(saved: dict, now: dict, prefix: str = "") -> Iterable[str]:
-    """`field: saved value -> new value` for every field that matters to the result."""
-    for key in sorted(saved.keys() | now.keys()):
-        if prefix + key in FREE_TO_CHANGE:
-            continue
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}: {a} -> {b}"

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops", "tokenizer"},
     {"model", "optim", "data"},
     {"checkpoint", "generate", "evaluate", "precision"},
-    {"metrics"},
+    {"metrics", "resume"},
     {"train"},
     {"progress", "estimate", "plot", "doctor"},
     {"demo"},

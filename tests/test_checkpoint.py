@@ -405,6 +405,25 @@ def test_the_keeper_warns_twice_and_gives_up_the_third_time(tmp_path, monkeypatc
         with pytest.raises(UserError, match="3 times in a row; make room and resume"):
             keeper.save(50, {}, {}, {}, None)
     assert len(warnings) == 2 and "No space left on device" in warnings[0]
+    assert warnings[0].endswith("; it is tried again at step 30"), "no older one is promised that is not there"
+
+
+def test_a_save_that_failed_is_promised_for_no_step_beyond_the_end(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    warnings = []
+    keeper = ckpt.Keeper(tmp_path, 2, warnings.append, last_step=15)
+    keeper.save(5, {"x": torch.zeros(1)}, {}, {}, None)
+    monkeypatch.setattr(ckpt, "save", full)
+    assert not keeper.save(10, {}, {}, {}, None) and keeper.retry_at == 15
+    assert not keeper.save(12, {}, {}, {}, None, leaving=True)  # a signal came
+    with pytest.raises(UserError, match=r"3 times in a row; make room and resume, from step-00000005$"):
+        keeper.save(12, {}, {}, {}, None, leaving=True)
+    assert [line.partition("; ")[2] for line in warnings] == [
+        "the older ones are kept, and it is tried again at step 15",
+        "the older ones are kept, and it is tried again in 1 s",
+    ]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

@@ -171,7 +171,8 @@ def test_the_traceback_is_there_for_those_who_ask(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (KeyboardInterrupt(), 130, "\n"),
+        (KeyboardInterrupt(), 130, "fastgpt: interrupted\n"),
+        (KeyboardInterrupt("nothing was written"), 130, "fastgpt: interrupted; nothing was written\n"),
         (BrokenPipeError(), 141, ""),
         (PermissionError(13, "Permission denied", "runs/x"), 2, "fastgpt: error: runs/x: Permission denied\n"),
         (UserError("first\n  second"), 2, "fastgpt: error: first second\n"),
@@ -549,12 +550,105 @@ def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
 
 def test_resuming_under_other_settings_needs_a_word(inside, capsys, tmp_path):
     words = ["train", *TINY, "--out_dir", str(tmp_path / "r")]
-    assert run(*words, "--steps", "1") == 0
+    assert run(*words, "--steps", "2") == 0
     capsys.readouterr()
-    again = ["train", "--resume", "auto", "--out_dir", str(tmp_path / "r"), "--steps", "2"]
-    assert "steps: 1 -> 2; give --allow-changes" in refusal(capsys, *again)
+    again = ["train", "--resume", "auto", "--out_dir", str(tmp_path / "r"), "--steps", "1", "--optim.lr", "0.001"]
+    assert "otherwise: optim.lr: 0.0006 -> 0.001; steps: 2 -> 1; give --allow-changes" in refusal(capsys, *again)
+    again[again.index("1")] = "3"  # more steps are as good as said
+    for dry in ([], ["--dry_run"]):
+        assert "otherwise: optim.lr: 0.0006 -> 0.001; give --allow-changes" in refusal(capsys, *again, *dry)
     assert run(*again, "--allow-changes") == 0
-    assert "done at step 2" in capsys.readouterr().out
+    assert "done at step 3" in capsys.readouterr().out
+
+
+def test_a_run_that_has_ended_says_how_to_go_on_and_does(inside, capsys, tmp_path):
+    folder = tmp_path / "a run"
+    assert run("train", *TINY, "--steps", "10", "--out_dir", str(folder)) == 0
+    again = ["train", "--resume", "auto", "--out_dir", str(folder)]
+    capsys.readouterr()
+    hint = (
+        "nothing was left to train, as all 10 steps of this run are done; with more --steps it goes on: fastgpt train "
+        f"--resume auto --out_dir {shlex.quote(str(folder))} --steps 20"
+    )
+    assert run(*again, "--dry_run") == 0
+    assert capsys.readouterr().out == hint + "\n"
+    assert run(*again) == 0
+    assert capsys.readouterr().err == f"fastgpt: {hint}\n"
+    assert run(*shlex.split(hint.partition("goes on: fastgpt ")[2])) == 0
+    out, err = capsys.readouterr()
+    assert "resumed at step 10" in out and "done at step 20" in out
+    # the last step of the short run was at a tenth of the peak, the next one is in the middle of the long one's cosine
+    assert err == (
+        "fastgpt: warning: the planned steps went from 10 to 20: after step 10 the learning rate goes from 6.0e-05 to "
+        "3.1e-04, where the cosine of the longer run is\n"
+    )
+    rates = [json.loads(line).get("lr") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [rate for rate in rates if rate is not None]
+    assert len(rates) == 20 and rates[10] == pytest.approx(3.08e-4, rel=0.01) and rates[-1] == pytest.approx(6e-5)
+    state = json.loads(next(folder.glob("checkpoints/step-00000020/state.json")).read_text())
+    assert state["changes"] == [{"step": 10, "changes": ["steps: 10 -> 20"]}]
+
+
+@pytest.mark.parametrize(("schedule", "warned"), [("constant", False), ("wsd", True)])
+def test_more_steps_are_remarked_upon_where_the_rate_jumps(inside, capsys, tmp_path, schedule, warned):
+    words = [*TINY, "--optim.schedule", schedule, "--optim.decay_fraction", "1", "--out_dir", str(tmp_path / "r")]
+    assert run("train", *words, "--steps", "2") == 0
+    capsys.readouterr()
+    assert run("train", "--resume", "auto", "--out_dir", str(tmp_path / "r"), "--steps", "8") == 0
+    assert ("the learning rate goes from" in capsys.readouterr().err) == warned
+
+
+def test_a_dry_run_of_a_resume_is_about_what_is_left(inside, capsys, tmp_path, monkeypatch):
+    from fastgpt import estimate as module
+
+    monkeypatch.setattr(module, "_flops_per_second", lambda device, precision: 1e12)
+    monkeypatch.setattr(module, "_time_steps", lambda config, device, precision: (0.5, 0.25))
+    folder = tmp_path / "r"
+    assert run("train", *TINY, "--steps", "4", "--out_dir", str(folder)) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run("train", "--resume", "auto", "--out_dir", str(folder), "--steps", "10", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "tokens         768 in 6 steps of 128, after 4 of 10 that are done (" in out
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config = TrainConfig.load(folder / "config.toml")
+    whole, rest = estimate(config), estimate(config, {"step": 3, "precision": "bfloat16"})
+    assert (whole.steps, rest.steps, rest.done, rest.tokens) == (4, 1, 3, 128)
+    assert (whole.seconds, rest.seconds) == (4 * 1.25, 1.25)  # two micro-batches and an update
+    assert estimate(config.replace(precision="auto"), {"step": 3, "precision": "bfloat16"}).precision == "bfloat16"
+    assert run("train", "--resume", "auto", "--out_dir", str(tmp_path / "new"), *TINY, "--dry_run") == 0
+    out, err = capsys.readouterr()
+    assert "640,000 in 5,000 steps of 128 (" in out and "nothing to resume" in err
+
+
+def test_it_is_said_that_the_precision_is_measured_before_it_is(inside, capsys, tmp_path, monkeypatch):
+    from fastgpt import train
+
+    def measure(config, device):
+        assert capsys.readouterr().out == "measuring whether float32 or bfloat16 is faster here ...\n"
+        return "float32", {}
+
+    monkeypatch.setattr(train, "measure_precision", measure)
+    words = ["train", *TINY, "--precision", "auto", "--steps", "1", "--out_dir", str(tmp_path / "m")]
+    assert run(*words) == 0
+    assert capsys.readouterr().out.startswith("22.7k parameters, float32 on cpu, ")
+    assert run(*words, "--resume", "auto") == 0
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_kernels_that_are_required_and_missing_are_refused_before_anything_is_written(
+    inside, capsys, tmp_path, monkeypatch
+):
+    import torch
+
+    from fastgpt import native, train
+
+    monkeypatch.setenv("FASTGPT_REQUIRE_KERNELS", "1")
+    monkeypatch.setattr(train, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(native, "cuda_ops", lambda: frozenset(native.OPS) - {"attention"})
+    words = ["train", *TINY, "--steps", "1", "--out_dir", str(tmp_path / "run")]
+    assert "for attention there are no CUDA kernels built; unset FASTGPT_REQUIRE_KERNELS" in refusal(capsys, *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resume_that_cannot_be_is_refused_and_changes_nothing(inside, capsys, tmp_path, monkeypatch):
@@ -592,6 +686,49 @@ def test_a_resume_that_cannot_be_is_refused_and_changes_nothing(inside, capsys, 
         for more in ((), ("--allow-changes",)):
             assert reason in refusal(capsys, "train", "--resume", *words, *more), words
         assert everything() == before, words
+
+
+def test_a_dry_run_of_prepare_tells_what_it_would_do(inside, capsys, tmp_path, monkeypatch):
+    """Of a small corpus everything is read, and what prepare then does is what was said."""
+    from fastgpt.data import plan
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inside / "texts", "texts")
+    shutil.copy("texts/0.txt", "texts/again.txt")
+    Path("texts/none.txt").touch()
+    Path("texts/bad.txt").write_bytes(b"a mat \xff\xff")
+    Path("texts/picture.png").touch()
+    words = ["prepare", "texts", "--vocab_size", "300", "--workers", "1", "--val_fraction", "0"]
+    before = sorted(tmp_path.rglob("*"))
+
+    def told(*more: str) -> dict[str, str]:
+        assert run(*words, *more, "--dry_run") == 0
+        return {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+
+    assert "texts/bad.txt is not UTF-8" in refusal(capsys, *words, "--dry_run")
+    words += ["--errors", "replace"]
+    rows = told()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert rows["files"].startswith("23, 1 of them empty, ")
+    assert rows["skipped"] == "1 file of another kind: texts/picture.png; name a file itself to read it"
+    assert rows["sample"] == "all of it was read: 1 duplicates, 2 invalid UTF-8 sequences to be replaced"
+    assert "1 worker, 0:0" in rows["time"] and "out_dir" not in rows
+    assert run(*words) == 0
+    split = json.loads(Path("data/dataset.json").read_text())["splits"]["train"]
+    assert rows["tokens"].startswith(f"{split['tokens']:,} of a vocabulary of ")
+    assert rows["text"].endswith(f" in {split['documents']} documents")
+    assert sum(shard["tokens"] for shard in split["shards"]) == split["tokens"]
+    capsys.readouterr()
+    assert told()["out_dir"] == "holds this very dataset: there is nothing to do"
+    assert "prepared otherwise (val_fraction was 0.0 and now is 0.5)" in refusal(
+        capsys, *words, "--val_fraction", "0.5", "--dry_run"
+    )
+    # of a larger one a part is read, and the rest follows from it
+    monkeypatch.setattr(plan, "SAMPLE_BYTES", 8000)
+    rows = told("--out_dir", "other", "--tokenizer", "data")
+    assert rows["sample"].split(" of it ")[0] not in ("all", rows["files"].split(", ")[-1])
+    about = int(rows["tokens"].split()[1].replace(",", ""))
+    assert rows["tokens"].startswith("about ") and 0.8 < about / split["tokens"] < 1.3
 
 
 def test_dry_run_knows_the_dataset(inside, capsys):
@@ -649,6 +786,33 @@ def test_plot_draws_one_run_and_several(inside, capsys, tmp_path):
     assert run("plot", "runs/a", "runs/a", "--out", str(tmp_path / "both.png")) == 0
     both = (tmp_path / "both.png").read_bytes()
     assert both.startswith(b"\x89PNG") and both != png
+
+
+def test_plot_leaves_out_what_cannot_be_drawn(inside, capsys, tmp_path):
+    """As in `fastgpt plot runs/*`: an empty run, one without a loss, a damaged one, and the picture of last time."""
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b", "empty", "new", "damaged"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "metrics.jsonl").write_bytes((inside / "runs/a/metrics.jsonl").read_bytes())
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    (tmp_path / "damaged" / "metrics.jsonl").write_text("{\n")
+    (tmp_path / "old.png").write_text("")
+    assert run("plot", *sorted(map(str, tmp_path.iterdir()))) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}/loss-2-runs.png\n"
+    for name, reason in {
+        "damaged": "metrics.jsonl: 1 line is damaged",
+        "empty": "holds no metrics.jsonl",
+        "new": "metrics.jsonl has no losses yet",
+        "old.png": "holds no metrics.jsonl",
+    }.items():
+        assert any(f"left out: {tmp_path}/{name}" in line and reason in line for line in err.splitlines()), name
+    assert len(err.splitlines()) == 4
+    nothing = refusal(capsys, "plot", f"{tmp_path}/empty", f"{tmp_path}/new")
+    assert nothing.startswith(f"{tmp_path}/empty holds no metrics.jsonl") and nothing.endswith(
+        "none of the 2 can be drawn"
+    )
 
 
 def test_help_shows_what_may_be_given_several_times(capsys):
@@ -747,6 +911,49 @@ def test_training_survives_a_closed_pipe_and_a_signal_saves(inside, capsys, tmp_
     assert f"resumed at step {step}" in capsys.readouterr().out
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys, time
+place = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == place:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+if place == "measuring":
+    from fastgpt import train
+    train.measure_precision = lambda *arguments: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)
+runpy.run_module("fastgpt", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("place", ["fastgpt.cli", "torch", "measuring"])
+def test_an_interrupt_in_the_first_seconds_is_one_line_and_leaves_nothing(inside, tmp_path, place):
+    """Before the command is known, inside an import, and when the folder of the run is already held."""
+    words = ["train", *TINY, "--precision", "auto", "--out_dir", str(tmp_path / "below" / "run")]
+    command = [sys.executable, "-c", INTERRUPTED, place, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=inside, timeout=60)
+    what = "" if place == "fastgpt.cli" else "; nothing was trained, and nothing written"
+    assert (done.stderr, done.returncode) == (f"fastgpt: interrupted{what}\n", 130)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_prepare_says_how_to_go_on(inside, capsys, tmp_path, monkeypatch):
+    from fastgpt.data import preparation
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    words = ["prepare", "texts", "--vocab_size", "300", "--workers", "1", "--out_dir", str(tmp_path / "data")]
+    for name, reason in (("find_files", "nothing was written"), ("read_pieces", "the same command goes on from here")):
+        with monkeypatch.context() as patch:
+            patch.setattr(preparation, name, interrupt)
+            assert run(*words) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == f"fastgpt: interrupted; {reason}"
+
+
 @pytest.mark.parametrize("code", [75, 130])
 def test_another_interrupt_while_python_ends_is_quiet(code):
     """atexit stands for the threads and libraries that take their time to end."""
@@ -761,7 +968,7 @@ def test_another_interrupt_while_python_ends_is_quiet(code):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout.readline() == "leaving\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1].strip() == ""
+    assert process.communicate(timeout=30)[1] == {75: "", 130: "fastgpt: interrupted\n"}[code]
     assert process.returncode == -signal.SIGINT
 
 

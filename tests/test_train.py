@@ -373,6 +373,14 @@ def test_a_run_that_cannot_begin_lets_go_of_its_folder(data, tmp_path, monkeypat
     assert Trainer(config(data, tmp_path / "run", steps=1)).fit().step == 1
 
 
+def test_a_signal_while_the_first_files_are_written_is_none_too_early(data, tmp_path, monkeypatch):
+    real = train.write_atomically
+    monkeypatch.setattr(train, "write_atomically", lambda *a: os.kill(os.getpid(), signal.SIGINT) or real(*a))
+    trainer = Trainer(config(data, tmp_path / "run"))
+    assert trainer.fit().step == 0 and trainer.interrupted
+    assert [path.name for path in ckpt.steps_on_disk(tmp_path / "run")] == ["step-00000000"]
+
+
 def test_a_save_that_failed_is_tried_again_when_it_was_said(data, tmp_path, monkeypatch):
     tried, real = [], ckpt.save
 
