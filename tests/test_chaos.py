@@ -231,7 +231,9 @@ def serve() -> None:
 
 def child(request: dict[str, Any]) -> None:
     """One run, its output in a file. It does not return."""
-    signal.alarm(100)  # whatever happens, it ends
+    # whatever happens, it ends; but a long run may take its time on a busy machine, as long as it comes forward
+    signal.alarm(100)
+    before(train.Trainer, "_step", lambda trainer: signal.alarm(100))
     with open(request["log"], "ab", buffering=0) as log, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
