@@ -178,13 +178,12 @@ def test_the_ops_of_a_step_are_known_before_it(monkeypatch):
     asked: set[str] = set()
     monkeypatch.setattr(native, "select", lambda x, op="": asked.add(op))
     for kind in SHAPES:
-        for changes in ({}, {"qk_norm": True}, {"activation": "relu"}, {"activation": "gelu"}):
-            asked.clear()
-            model = make(kind, **changes)
-            model(tokens(2, 8), tokens(2, 8)).backward()
-            ops.grad_norm([p.grad for p in model.parameters()])
-            build_optimizer(model, OptimConfig()).step()
-            assert asked == set(ops_of(model.config)), (kind, changes)
+        asked.clear()
+        model = make(kind)
+        model(tokens(2, 8), tokens(2, 8)).backward()
+        ops.grad_norm([p.grad for p in model.parameters()])
+        build_optimizer(model, OptimConfig()).step()
+        assert asked == set(ops_of(model.config)), kind
 
 
 def test_accumulated_micro_batches_equal_one_batch(model):

@@ -241,7 +241,7 @@ def test_resume_needs_the_same_model_and_settings(data, tmp_path):
     with pytest.raises(UserError, match=r"holds another model: model.n_layer: 2 -> 3"):
         Trainer(config(data, tmp_path / "run", steps=3, model=ModelConfig(**{**LLAMA, "n_layer": 3})), resume="auto")
     changed = config(data, tmp_path / "run", steps=5, optim=OptimConfig(lr=5e-3, warmup_steps=2))
-    with pytest.raises(UserError, match=r"optim.lr: 0.01 -> 0.005; steps: 3 -> 5; give --allow-changes"):
+    with pytest.raises(UserError, match=r"otherwise: optim.lr: 0.01 -> 0.005; give --allow-changes"):
         Trainer(changed, resume="auto")
     trainer = Trainer(changed, resume="auto", allow_changes=True)
     trainer.fit()
