@@ -23,7 +23,7 @@ import pytest
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (112, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "ops": (60, ("ops/", "test_rule")),
-    "emulator": (55, ("emulator/",)),
+    "emulator": (70, ("emulator/",)),
     "mutation": (60, ("mutation/",)),
     "native": (40, ("test_native", "test_build")),
     "model": (10, ("test_model", "test_generate", "test_optim")),

@@ -167,6 +167,7 @@ std::string mbarrier_state(const uint64_t* barrier) {
 void fence_mbarrier_init() {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "fence.mbarrier_init", caller);
+  site_disabled("fence.mbarrier_init", caller);
 }
 
 // fence.proxy.async: what this thread has seen up to now may from now on be seen through the async proxy.

@@ -46,6 +46,7 @@ MODEL(sums_twice) { return run(sums_twice); }
 __global__ void waits_twice(float* y) {
   Values& shared = dynamic_shared<Values>();
   shared.of_thread[threadIdx.x] = threadIdx.x;
+  __threadfence_block();
   __syncthreads();
   __syncthreads();
   y[threadIdx.x] = shared.of_thread[63 - threadIdx.x];

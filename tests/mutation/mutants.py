@@ -3,7 +3,7 @@
 Every mutant runs in a process of its own, forked from this one: whatever it does to its memory ends with it, and one
 that runs on for ever has a limit of processor time. It runs the scenarios that meet its site, the quickest first, until
 something is noticed: a finding of the emulator, a result that is not bitwise that of the unchanged kernels, a crash, no
-end. The first child of all switches nothing off: it must notice nothing, or no verdict would mean anything.
+end. The first child of all (`control`) switches nothing off: it must notice nothing, or no verdict would mean anything.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ class Mutation:
 
     def verdict(self, mutant: Mutant) -> Verdict:
         """Whether anything notices that the mutant's site is switched off."""
+        assert self.control.outcome == SURVIVED, self.control.text()
         return self._verdict(mutant, self.reached_by[mutant.site])
 
     def verdicts(self, mutants: Iterable[Mutant]) -> list[Verdict]:

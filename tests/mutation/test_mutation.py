@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutation.changes import COMMITS, changed_files
-from tests.mutation.equivalent import EQUIVALENT
+from tests.mutation.equivalent import EQUIVALENT, reason
 from tests.mutation.mutants import SURVIVED, Mutation, Scenario, Verdict
 from tests.mutation.scan import Sources
 from tests.native_cases import built
@@ -42,11 +42,11 @@ def complaints(verdicts: Iterable[Verdict]) -> str:
     found = []
     for verdict in verdicts:
         assert verdict.mutant
-        reason = EQUIVALENT.get(verdict.mutant.key)
-        if verdict.outcome == SURVIVED and reason is None:
+        why = reason(verdict.mutant.site.kind, verdict.mutant.key)
+        if verdict.outcome == SURVIVED and why is None:
             found.append(f"nothing notices that this is switched off: {verdict.text()}")
-        elif verdict.outcome != SURVIVED and reason is not None:
-            found.append(f"listed as equivalent ({reason}), and noticed: {verdict.text()}")
+        elif verdict.outcome != SURVIVED and why is not None:
+            found.append(f"listed as equivalent ({why}), and noticed: {verdict.text()}")
     return "\n\n".join(found)
 
 
