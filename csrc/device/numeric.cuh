@@ -6,14 +6,21 @@
 
 #include "device/cuda.h"
 #include "device/types.h"
+#include "ptx/approximate.cuh"
 
 namespace fastgpt {
 
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
 
 // x as it is stored in a T, rounded to nearest even.
+template <class T>
+__device__ __forceinline__ T narrow(double x) {
+  static_assert(std::is_same_v<T, double>);
+  return x;
+}
 template <class T>
 __device__ __forceinline__ T narrow(float x) {
   if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
@@ -59,5 +66,13 @@ __device__ __forceinline__ float inverse_sqrt(float x) {
   return residual == residual ? fmaf(0.5f * y, residual, y) : y;  // NaN where x is 0 or inf, and y right as it is
 }
 __device__ __forceinline__ double inverse_sqrt(double x) { return 1.0 / sqrt(x); }
+
+// e^x by the hardware's power of two, which is off by two units in the last place; and |x| / 2 more by the product.
+__device__ __forceinline__ float exponential(float x) { return exp2_approx(1.4426950408889634f * x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// 1 / (1 + e^-x). The approximations cost nothing that is seen: e^-x is most wrong where the result is next to 0.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exponential(-x)); }
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 }  // namespace fastgpt

@@ -1,25 +1,37 @@
-// Sixteen bytes at a time, the widest access that a thread has: one instruction, and a warp's 512 bytes in a row.
+// Neighbours in one access. Sixteen bytes are the widest that a thread has: one instruction, and a warp's 512 bytes in a
+// row.
 #pragma once
 
 #include "device/cuda.h"
 
 namespace fastgpt {
 
-template <class T>
-struct alignas(16) Vec16 {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
+template <class T, int size>
+struct alignas(size * sizeof(T)) Vec {
+  static constexpr int kSize = size;
+  T at[size];
 };
 
-// p is a multiple of 16 bytes.
+template <class T>
+using Vec16 = Vec<T, 16 / sizeof(T)>;
+
+// p is a multiple of the bytes that are loaded.
+template <int kSize, class T>
+__device__ __forceinline__ Vec<T, kSize> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, kSize>*>(p);
+}
 template <class T>
 __device__ __forceinline__ Vec16<T> load16(const T* p) {
-  return *reinterpret_cast<const Vec16<T>*>(p);
+  return load<Vec16<T>::kSize>(p);
 }
 
+template <class T, int kSize>
+__device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
+  *reinterpret_cast<Vec<T, kSize>*>(p) = v;
+}
 template <class T>
 __device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {
-  *reinterpret_cast<Vec16<T>*>(p) = v;
+  store(p, v);
 }
 
 }  // namespace fastgpt

@@ -21,6 +21,11 @@ void stmatrix(void* row, const uint32_t* in, int count, bool transposed);
 // d = a b + c: m16n8k16 for 2-byte types, m16n8k8 for tf32.
 void mma(MatrixType type, float* d, const uint32_t* a, const uint32_t* b, const float* c);
 
+// ---- approximations: 9.7.3.13, rcp; 9.7.3.21, ex2; both .approx.ftz.f32 ----
+// As wrong as the manual allows a chip to be, up or down by the bits of the argument.
+float exp2_approx(float x);
+float reciprocal_approx(float x);
+
 // ---- mbarrier: 9.7.12.15 ----
 void mbarrier_init(uint64_t* barrier, unsigned count);
 void mbarrier_invalidate(uint64_t* barrier);

@@ -84,6 +84,15 @@ inline RowsView rows_of(const Tensor& x) {
   return {torch::stable::contiguous(x), count, columns, columns};
 }
 
+// For ops that see each element alone: rows of which every tensor has all, without gaps, are one long row.
+template <class... Rows>
+inline void join_rows(int64_t& count, int64_t& columns, const Rows&... rows) {
+  if (((rows.stride == columns) && ...)) {
+    columns *= count;
+    count = count > 0;
+  }
+}
+
 // One call of an entry: while it lives, its tensors' device is the current one. Pointers for kernels come from here.
 class Call {
  public:

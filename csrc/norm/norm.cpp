@@ -16,20 +16,12 @@ struct Choice {
   const char* reason;
 };
 
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
 // What a call's rows and channels are like; norm.cu serves any of it, but not on the vector path.
-class Alignment {
+class NormAlignment : public Alignment {
  public:
-  Alignment(DType dtype, int64_t columns) : dtype_(dtype), vector_(16 / bytes_of(dtype)) {
-    if (dtype == DType::float64) reason_ = "float64";
-    else if (columns > norm_widest_vector_row(dtype)) reason_ = "a row is too wide for registers";
-    else if (columns % vector_ != 0) reason_ = "the width is no multiple of 16 bytes";
-  }
-  void rows(const ConstRows& rows) {
-    if (!rows.data) return;
-    if (!aligned(rows.data)) note("a tensor does not begin at a multiple of 16 bytes");
-    if (rows.stride % vector_ != 0) note("a row does not begin at a multiple of 16 bytes");
+  NormAlignment(DType dtype, int64_t columns) : Alignment(dtype, columns), dtype_(dtype) {
+    if (dtype == DType::float64) note("float64");
+    if (columns > norm_widest_vector_row(dtype)) note("a row is too wide for registers");
   }
   void channels(const ConstChannels& channels) {
     if (!channels.data) return;
@@ -37,16 +29,11 @@ class Alignment {
     if (bytes_of(channels.dtype) < bytes_of(dtype_)) note("weight or bias has fewer bits than the rows");
   }
   Choice choice() const {
-    return reason_ ? Choice{NormPath::generic, reason_} : Choice{NormPath::vector, "16-byte accesses"};
+    return reason() ? Choice{NormPath::generic, reason()} : Choice{NormPath::vector, "16-byte accesses"};
   }
 
  private:
-  void note(const char* reason) {
-    if (!reason_) reason_ = reason;
-  }
   DType dtype_;
-  int64_t vector_;  // elements in 16 bytes
-  const char* reason_ = nullptr;
 };
 
 NormPath remember(const char* entry, Choice choice) {
@@ -55,7 +42,7 @@ NormPath remember(const char* entry, Choice choice) {
 }
 
 Choice choose_path(const NormForward& p) {
-  Alignment found(p.dtype, p.columns);
+  NormAlignment found(p.dtype, p.columns);
   found.rows(p.x);
   found.rows(p.residual);
   found.channels(p.weight);
@@ -64,7 +51,7 @@ Choice choose_path(const NormForward& p) {
 }
 
 Choice choose_path(const NormBackward& p) {
-  Alignment found(p.dtype, p.columns);
+  NormAlignment found(p.dtype, p.columns);
   found.rows(p.d_y);
   found.rows(p.d_residual);
   found.rows(p.r);

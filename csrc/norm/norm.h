@@ -7,12 +7,6 @@
 
 namespace fastgpt {
 
-// N rows of C elements each; a row's elements are neighbours, and the next row begins `stride` elements on.
-struct ConstRows {
-  const void* data = nullptr;
-  int64_t stride = 0;
-};
-
 // C elements, one for each column.
 struct ConstChannels {
   const void* data = nullptr;  // null: not given
@@ -23,7 +17,7 @@ struct Channels {
   DType dtype = DType::float32;
 };
 
-// r = x + residual;  y = (r - mean) * rstd * weight + bias
+// N rows of C elements: r = x + residual;  y = (r - mean) * rstd * weight + bias
 struct NormForward {
   int64_t rows = 0, columns = 0;
   DType dtype = DType::float32;  // of x, residual, new_residual and y
