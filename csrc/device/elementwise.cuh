@@ -29,7 +29,7 @@ template <int kSize>
 __device__ __forceinline__ Place place_of_thread(int64_t rows, int64_t columns) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, of_row = columns / kSize;
   const int64_t row = rows == 1 ? 0 : i / of_row;  // a division is as much work as several elements
-  return {in_bounds(i, rows * of_row), row, (i - row * of_row) * kSize};
+  return {in_bounds(i, rows * of_row), row, i * kSize - row * columns};
 }
 
 // Blocks of `threads` for all elements of a tensor; rows * columns > 0.

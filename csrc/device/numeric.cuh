@@ -67,12 +67,27 @@ __device__ __forceinline__ float inverse_sqrt(float x) {
 }
 __device__ __forceinline__ double inverse_sqrt(double x) { return 1.0 / sqrt(x); }
 
-// e^x by the hardware's power of two, which is off by two units in the last place; and |x| / 2 more by the product.
-__device__ __forceinline__ float exponential(float x) { return exp2_approx(1.4426950408889634f * x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
+// 1 / (1 + e^-x), and 1 less that: each keeps its digits where it is next to 0.
+template <class A>
+struct Sigmoid {
+  A value, rest;
+};
 
-// 1 / (1 + e^-x). The approximations cost nothing that is seen: e^-x is most wrong where the result is next to 0.
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exponential(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+// For a result that will be stored as a T: in 16 bits nobody sees how wrong the approximations are, which is two or three
+// units in the last place of a float.
+template <class T, class A>
+__device__ __forceinline__ Sigmoid<A> sigmoid(A x) {
+  A smaller, larger;  // smaller = e^-|x| * larger
+  if constexpr (sizeof(T) == 2) {
+    const float power = exp2_approx(-1.4426950f * fabsf(x));  // 1 / ln 2
+    larger = reciprocal_approx(1 + power);
+    smaller = power * larger;
+  } else {
+    const A power = exp(x < 0 ? x : -x);
+    larger = 1 / (1 + power);
+    smaller = power * larger;
+  }
+  return x < 0 ? Sigmoid<A>{smaller, larger} : Sigmoid<A>{larger, smaller};
+}
 
 }  // namespace fastgpt

@@ -237,5 +237,8 @@ EMULATED float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 EMULATED int __popc(unsigned x) { return __builtin_popcount(x); }
 EMULATED int __ffs(int x) { return __builtin_ffs(x); }
 EMULATED int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+using std::erf;  // of floats too, where C's are of doubles alone
+using std::exp;
 using std::max;
 using std::min;
+using std::tanh;

@@ -86,11 +86,11 @@ inline RowsView rows_of(const Tensor& x) {
 
 // For ops that see each element alone: rows of which every tensor has all, without gaps, are one long row.
 template <class... Rows>
-inline void join_rows(int64_t& count, int64_t& columns, const Rows&... rows) {
-  if (((rows.stride == columns) && ...)) {
-    columns *= count;
-    count = count > 0;
-  }
+inline void join_rows(int64_t& count, int64_t& columns, Rows&... rows) {
+  if (count == 0 || ((rows.stride != columns) || ...)) return;
+  columns *= count;
+  count = 1;
+  ((rows.stride = columns), ...);
 }
 
 // One call of an entry: while it lives, its tensors' device is the current one. Pointers for kernels come from here.

@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kThreads) void swiglu_forward_kernel(SwigluForward 
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     const auto gate = widen(gates.at[i]), up = widen(ups.at[i]);
-    y.at[i] = narrow<T>(gate * sigmoid(gate) * up);
+    y.at[i] = narrow<T>(gate * sigmoid<T>(gate).value * up);
   }
   store(here.in<T>(p.y, p.columns), y);
 }
@@ -48,9 +48,10 @@ __global__ __launch_bounds__(kThreads) void swiglu_backward_kernel(SwigluBackwar
   Vec<T, kSize> d_gates, d_ups;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    const auto d_y = widen(d_ys.at[i]), gate = widen(gates.at[i]), up = widen(ups.at[i]), share = sigmoid(gate);
-    d_gates.at[i] = narrow<T>(d_y * up * share * (1 + gate * (1 - share)));
-    d_ups.at[i] = narrow<T>(d_y * gate * share);
+    const auto d_y = widen(d_ys.at[i]), gate = widen(gates.at[i]), up = widen(ups.at[i]);
+    const auto share = sigmoid<T>(gate);
+    d_gates.at[i] = narrow<T>(d_y * up * share.value * (1 + gate * share.rest));
+    d_ups.at[i] = narrow<T>(d_y * gate * share.value);
   }
   if (p.d_gate) store(here.in<T>(p.d_gate, p.d_stride), d_gates);
   if (p.d_up) store(here.in<T>(p.d_up, p.d_stride), d_ups);

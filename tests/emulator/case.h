@@ -10,6 +10,7 @@
 
 #include "host/launch.h"
 #include "ptx/address.cuh"
+#include "ptx/approximate.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/matrix.cuh"

@@ -465,6 +465,32 @@ MODEL(cluster) {
   return differs(y, want, "element");
 }
 
+// ---- approximations ----
+
+// Never exact, so that nothing can lean on it, and never further off than the manual says.
+__global__ void approximate(const float* x, float* powers, float* reciprocals) {
+  powers[threadIdx.x] = exp2_approx(x[threadIdx.x]);
+  reciprocals[threadIdx.x] = reciprocal_approx(x[threadIdx.x]);
+}
+MODEL(approximations) {
+  std::vector<float> x(64), powers(64), reciprocals(64);
+  for (int i = 0; i < 60; ++i) x[i] = std::ldexp(1.0f + i / 60.0f, i % 7 - 4) * (i % 2 ? 1 : -1);
+  const float infinite = HUGE_VALF, subnormal = 1e-40f;
+  x[60] = infinite, x[61] = -infinite, x[62] = subnormal, x[63] = -200;  // 2^-200 is no float
+  Tensors tensors;
+  launch(approximate, {dim3(1), dim3(64)}, tensors.in(x, "x"), tensors.out(powers, "powers"),
+         tensors.out(reciprocals, "reciprocals"));
+  const auto off = [](float got, double exact) { return std::fabs(got / exact - 1); };
+  for (int i = 0; i < 60; ++i) {
+    const double power = off(powers[i], std::exp2(double(x[i]))), reciprocal = off(reciprocals[i], 1 / double(x[i]));
+    if (!(power > 0x1p-23 && power < 0x1.4p-22)) return "2^x of " + std::to_string(x[i]);
+    if (!(reciprocal > 0x1p-25 && reciprocal < 0x1.8p-23)) return "1 / x of " + std::to_string(x[i]);
+  }
+  if (powers[60] != infinite || powers[61] != 0 || powers[63] != 0) return "2^x at the ends";
+  if (reciprocals[60] != 0 || reciprocals[61] != 0 || reciprocals[62] != infinite) return "1 / x at the ends";
+  return "";
+}
+
 // ---- what is counted ----
 
 // A column of a row-major matrix: 32 sectors where 4 would do. A column of shared memory: 32 conflicts where none need

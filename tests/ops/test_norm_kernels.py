@@ -6,11 +6,8 @@ That they are right is shown by test_layer_norm.py and test_rms_norm.py, all of 
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +17,6 @@ from torch import Tensor
 from fastgpt import native, ops
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT
-from fastgpt.native import toolchain
-from tests.native_cases import built
 from tests.ops import kernels
 from tests.rule import (
     LAYOUTS,
@@ -341,17 +336,26 @@ def test_bitwise_the_same_over_schedules(op: str, rows: int, C: int) -> None:
 # ---- a model --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+# The norm and the activation of GPT-2, and of Llama.
+MODELS = {
+    "gpt2": ({"norm": "layernorm", "activation": "gelu_tanh"}, LN, "gelu"),
+    "llama": ({"norm": "rmsnorm", "activation": "swiglu"}, RMS, "swiglu"),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_twenty_steps_of_a_tiny_gpt(norm: str, dtype: torch.dtype) -> None:
+def test_twenty_steps_of_a_tiny_gpt(model: str, dtype: torch.dtype) -> None:
     """By the rule for loss curves: its largest deviation from the float64 run is at most twice the reference's own."""
-    exact = losses(norm, torch.float64, only=())
-    reference = losses(norm, dtype, only=())
+    form, norm, activation = MODELS[model]
+    exact = losses(form, torch.float64, only=())
+    reference = losses(form, dtype, only=())
     with kernels.Spy() as spy:
-        found = losses(norm, dtype, only=(LN, RMS))
-    op = {"layernorm": LN, "rmsnorm": RMS}[norm]
-    calls = STEPS * (2 * LAYERS + 1)
-    assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == calls == len(spy.kernels) / 2
+        found = losses(form, dtype, only=(norm, activation))
+    calls = {norm: STEPS * (2 * LAYERS + 1), activation: STEPS * LAYERS}
+    for op, count in calls.items():
+        assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == count
+    assert len(spy.kernels) == 2 * sum(calls.values())
     assert exact[-1] < exact[0] - 0.5, "it learns"
     largest = {name: (run - exact).abs().max().item() for name, run in (("ours", found), ("torch", reference))}
     assert largest["ours"] <= 2 * largest["torch"], largest
@@ -360,9 +364,9 @@ def test_twenty_steps_of_a_tiny_gpt(norm: str, dtype: torch.dtype) -> None:
 STEPS, LAYERS = 20, 2
 
 
-def losses(norm: str, dtype: torch.dtype, only: tuple[str, ...]) -> Tensor:
+def losses(form: dict[str, Any], dtype: torch.dtype, only: tuple[str, ...]) -> Tensor:
     config = ModelConfig.preset(
-        "tiny", norm=norm, vocab_size=64, block_size=32, n_layer=LAYERS, n_embd=48, n_head=4, n_kv_head=4
+        "tiny", **form, vocab_size=64, block_size=32, n_layer=LAYERS, n_embd=48, n_head=4, n_kv_head=4
     )
     model = GPT(config, torch.Generator().manual_seed(0)).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-6)
@@ -406,19 +410,15 @@ def test_bytes_and_sectors(op: str, rows: int, C: int, dtype: torch.dtype, weigh
         else:
             entries.rms_norm_backward(x, residual, r, weight, rstd, True, True)
 
-    assert total(forward, "bytes") <= 1.03 * (4 * rows_bytes + statistics + parameters)
-    assert total(backward, "bytes") <= 1.10 * (4 * rows_bytes + statistics + weight.nbytes + parameters)
+    assert kernels.total(forward, "bytes") <= 1.03 * (4 * rows_bytes + statistics + parameters)
+    assert kernels.total(backward, "bytes") <= 1.10 * (4 * rows_bytes + statistics + weight.nbytes + parameters)
     for counts in (forward, backward):
         assert all("generic" not in name for name in counts)
-        assert total(counts, "conflicts") == 0
+        assert kernels.total(counts, "conflicts") == 0
         if (
             weight_dtype == dtype
         ):  # else a block takes two halves of a sector, one after the other, once for each weight
-            assert total(counts, "sectors") == total(counts, "ideal_sectors")
-
-
-def total(counts: dict[str, dict[str, int]], what: str) -> int:
-    return sum(kernel[what] for kernel in counts.values())
+            assert kernels.total(counts, "sectors") == kernels.total(counts, "ideal_sectors")
 
 
 VECTOR_KERNELS = 2 * 3 * 3  # forward and backward, three dtypes, three tiles
@@ -428,52 +428,15 @@ SUMS = 2
 
 def test_instantiations_are_few() -> None:
     """Each one costs everybody's build time, for every architecture."""
-    symbols = subprocess.run(
-        ["nm", "-C", "--defined-only", built("emulated")], capture_output=True, text=True, check=True
-    ).stdout
-    found = set(re.findall(r"(norm_\w+_kernel<.*>)\(fastgpt::Norm\w+\)$", symbols, re.M))
+    found = kernels.instantiations(r"norm_\w+_kernel")
     assert len(found) == VECTOR_KERNELS + GENERIC_KERNELS + SUMS, sorted(found)
 
 
-# Either is asked for by PTX, and seen in machine code (SASS), where a compiler may have thought otherwise.
-LISTINGS = {
-    "ptx": (r"\.entry (\S+)\(", r"ld\.global\S*\.v4", r"st\.global\S*\.v4", r"(?:ld|st)\.local"),
-    "sass": (r"Function : (\S+)", r"LDG\S*\.128", r"STG\S*\.128", r"(?:LDL|STL)"),
-}
-
-
-@pytest.mark.parametrize("language", LISTINGS)
+@pytest.mark.parametrize("language", kernels.LISTINGS)
 def test_machine_code_has_128_bit_accesses_and_keeps_all_in_registers(language: str) -> None:
-    entry, load, store, spill = LISTINGS[language]
-    text = sass() if language == "sass" else ptx()
-    parts = re.split(entry, text)[1:]
-    found = [(name, code) for name, code in zip(parts[::2], parts[1::2], strict=True) if "norm_" in name]
+    found = kernels.listing(language, "norm")
     assert found and len(found) % (VECTOR_KERNELS + GENERIC_KERNELS + SUMS) == 0
     for name, code in found:
-        assert not re.search(rf"\b{spill}", code), f"{name} keeps something in local memory"
+        kernels.assert_in_registers(language, name, code)
         if re.search(r"norm_(forward|backward)_kernel", name):
-            assert re.search(rf"\b{load}", code), f"{name} has no 128-bit load"
-            assert re.search(rf"\b{store}", code), f"{name} has no 128-bit store"
-
-
-def ptx() -> str:
-    try:
-        nvcc = toolchain.find_nvcc()
-    except toolchain.Missing as missing:
-        pytest.skip(str(missing))
-    csrc = Path(__file__).resolve().parents[2] / "csrc"
-    command = [nvcc.path, "-O3", "-std=c++17", "-arch=compute_80", "-ptx", "-I", csrc, csrc / "norm/norm.cu", "-o", "-"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def sass() -> str:
-    """Of every architecture that the library is built for."""
-    library = built("cuda")
-    places = [*map(Path, os.get_exec_path()), toolchain.find_nvcc().root / "bin", *toolchain.package_folders()]
-    tools = [folder for place in places for folder in (place, place / "nvidia/cu13/bin")]
-    folder = next((folder for folder in tools if (folder / "cuobjdump").is_file()), None)
-    if folder is None:
-        pytest.skip("there is no cuobjdump; `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` brings one")
-    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [folder / "cuobjdump", "-sass", library]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            kernels.assert_128_bits(language, name, code)
