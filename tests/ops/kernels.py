@@ -123,7 +123,12 @@ def instantiations(pattern: str) -> set[str]:
 
 # 128-bit accesses are asked for by PTX, and seen in machine code (SASS), where a compiler may have thought otherwise.
 LISTINGS = {
-    "ptx": (r"\.entry (\S+)\(", r"ld\.global\S*\.(?:v4|v2\.f64)", r"st\.global\S*\.(?:v4|v2\.f64)", r"(?:ld|st)\.local"),
+    "ptx": (
+        r"\.entry (\S+)\(",
+        r"ld\.global\S*\.(?:v4|v2\.f64)",
+        r"st\.global\S*\.(?:v4|v2\.f64)",
+        r"(?:ld|st)\.local",
+    ),
     "sass": (r"Function : (\S+)", r"LDG\S*\.128", r"STG\S*\.128", r"(?:LDL|STL)"),
 }
 
