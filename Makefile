@@ -13,6 +13,7 @@ demo: ## from nothing to a GPT trained on real text, in minutes; CORPUS=path tak
 kernels: ## the CUDA kernels where nvcc is, and the same kernels for the emulator; what is not built says why
 	$(SETUP) test
 	@$(VENV)/python -m fastgpt.native.build
+	@$(VENV)/python -m tests.ptx.build || true # for `make gpu`
 
 wheel: ## one wheel with the CUDA kernels in dist/, for every Python and every torch that the kernels support
 	$(SETUP) test

@@ -13,6 +13,7 @@ from tests.mutation.equivalent import WITHOUT_EFFECT
 from .conftest import Emulator
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 SOURCE = HERE / "models.cu"
 MODELS = re.findall(r"^MODEL\((\w+)\)", SOURCE.read_text(), re.MULTILINE)
 
@@ -78,9 +79,12 @@ def test_counters_are_emptied_and_off_by_default(emulator: Emulator) -> None:
 
 def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
     """Of kernels with barriers of every kind: without any one of them there is a finding, or a wrong result."""
+    met_by: dict[int, str] = {}  # the first model to meet a site
     for model in MODELS:
         assert emulator.text("emulator_run_model", model) == ""
-    ours = [site for site in emulator.sites() if site["file"] == "tests/emulator/models.cu"]
+        for site in emulator.sites():
+            met_by.setdefault(site["id"], model)
+    ours = [site for site in emulator.sites() if site["file"] in ("tests/emulator/models.cu", "tests/ptx/kernels.cuh")]
     kinds = {site["kind"] for site in ours}
     ours = [site for site in ours if site["kind"] not in WITHOUT_EFFECT]
     assert kinds >= {"__syncthreads", "__syncwarp", "mbarrier.try_wait", "wgmma.fence", "wgmma.commit_group"}
@@ -88,9 +92,10 @@ def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
     unnoticed = set()
     for site in ours:
         emulator.configure(disabled_site=site["id"])
-        below = sorted(MODELS, key=lambda model: (line_of(f"MODEL({model})") - site["line"]) % 10**6)  # its own first
-        if not any(emulator.text("emulator_run_model", model) for model in below):
-            unnoticed.add((site["kind"], site["line"], SOURCE.read_text().splitlines()[site["line"] - 1].strip()))
+        own = met_by[site["id"]]
+        if not any(emulator.text("emulator_run_model", model) for model in (own, *MODELS)):
+            line = (ROOT / site["file"]).read_text().splitlines()[site["line"] - 1].strip()
+            unnoticed.add((site["kind"], site["file"], site["line"], line))
     emulator.findings()
     assert unnoticed == set()
 
