@@ -7,8 +7,10 @@ memory of processes that do without it is measured too.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import shutil
 import signal
@@ -52,8 +54,38 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "amx": "amx_bf16" in features,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or None,
+        "commit": commit or os.environ.get("FASTGPT_COMMIT"),  # of a copy without its history
+        **({"gpu": gpu(device)} if device.type == "cuda" else {}),
     }
+
+
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit",
+              "temperature.gpu")  # fmt: skip
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """What is to be known of a GPU beside its name: what torch says, and nvidia-smi where it is there."""
+    import torch
+
+    about = torch.cuda.get_device_properties(device)
+    facts = {
+        "compute_capability": f"{about.major}.{about.minor}",
+        "multiprocessors": about.multi_processor_count,
+        "memory_bytes": about.total_memory,
+        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+    }
+    packages = {"triton": "triton", "liger_kernel": "liger-kernel"}
+    for name, package in packages.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[name] = importlib.metadata.version(package)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split(", ")
+        if len(said) == len(GPU_FIELDS):
+            facts |= dict(zip(GPU_FIELDS, said, strict=True))
+    return facts
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

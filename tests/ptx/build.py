@@ -56,6 +56,11 @@ def emulated(product: Path, *sources: Path) -> Path:
     command = [gxx, *build._KERNEL, "-fno-builtin-memcpy", "-Icsrc", "-DFASTGPT_EMULATED"]
     command += [f"-ffile-prefix-map={ROOT}=.", "-isystem", str(toolchain.find_cuda_headers())]
     product.parent.mkdir(parents=True, exist_ok=True)
+    with build._alone_in(product.parent):
+        return _emulated(command, gxx, product, sources)
+
+
+def _emulated(command: list[str], gxx: str, product: Path, sources: tuple[Path, ...]) -> Path:
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.cuh")]
     headers += [*(header for source in sources for header in source.parent.glob("*.h")), Path(build.__file__)]
     newest = max(header.stat().st_mtime for header in headers)
