@@ -37,5 +37,8 @@ bench: ## speed of this machine: what training reaches beside a plain PyTorch lo
 	$(SETUP) test
 	@for file in benchmarks/train.py benchmarks/quality.py benchmarks/bench_*.py; do echo "== $$file" && $(VENV)/python $$file || exit 1; done
 
+gpu: ## on a GPU, with what `make kernels` built: every instruction, the tests, the benchmarks, in 8 minutes
+	@PYTHON="$${PYTHON:-$$([ ! -x $(VENV)/python ] || echo $(VENV)/python)}" tools/python.sh tools/gpu.py $(if $(OUT),--out '$(OUT)')
+
 .DEFAULT_GOAL = help
-.PHONY: help demo kernels wheel test test-all lint bench
+.PHONY: help demo kernels wheel test test-all lint bench gpu

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,40 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
     """As JSON, its folder made where it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result, indent=1, default=str) + "\n")
+
+
+def time_table(result: dict[str, Any]) -> Iterator[str]:
+    """Of what operations.py timed: a line for each case, a column for each contender."""
+    copy = result["copy"]["gb_per_second"]
+    yield f"copy bandwidth {copy:,.0f} GB/s; median µs, and the least bytes over the time as a part of it"
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = (row["op"], row["direction"], row["columns"], row["dtype"])
+        cases.setdefault(key, {})[row["contender"]] = row
+    names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
+    yield f"{'':40}{'MB':>8}" + "".join(f"{name:>17}" for name in names)
+    for key, found in cases.items():
+        some = next(iter(found.values()))
+        cells = "".join(
+            f"{found[n]['microseconds']:>10.1f} {found[n]['of_copy']:>5.0%} " if n in found else f"{'-':>17}"
+            for n in names
+        )
+        label = f"{key[0]} {key[1]} {some['rows']} x {key[2]} {key[3]}"
+        yield f"{label:40}{some['least_bytes'] / 1e6:>8.0f}{cells}"
+    for what, why in result["left_out"].items():
+        yield f"left out: {what}: {why}"
+    for what, why in result["failed"].items():
+        yield f"FAILED: {what}: {why}"
+
+
+def count_table(result: dict[str, Any]) -> Iterator[str]:
+    """Of what operations.py counted on the emulator."""
+    yield "counted on the emulator; these are no times"
+    yield f"{'':40}{'KB':>8}{'bytes/least':>13}{'sectors/fewest':>16}{'bank conflicts':>16}"
+    for row in result["rows"]:
+        label = f"{row['op']} {row['direction']} {row['rows']} x {row['columns']} {row['dtype']}"
+        counts = f"{row['bytes_over_least']:>13.3f}{row['sectors_over_fewest']:>16.3f}{row['bank_conflicts']:>16}"
+        yield f"{label:40}{row['least_bytes'] / 1e3:>8.0f}{counts}"
 
 
 def memory_of_this_process(field: str) -> float | None:

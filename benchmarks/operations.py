@@ -24,7 +24,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,30 +238,6 @@ def _time(case: Case, name: str, report: Report, clock: Any, device: str) -> Non
         gc.collect()  # a graph keeps its tensors; the next case needs the memory
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """Of times: a line for each case, a column for each contender."""
-    copy = result["copy"]["gb_per_second"]
-    yield f"copy bandwidth {copy:,.0f} GB/s; median µs, and the least bytes over the time as a part of it"
-    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        key = (row["op"], row["direction"], row["columns"], row["dtype"])
-        cases.setdefault(key, {})[row["contender"]] = row
-    names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
-    yield f"{'':40}{'MB':>8}" + "".join(f"{name:>17}" for name in names)
-    for key, found in cases.items():
-        some = next(iter(found.values()))
-        cells = "".join(
-            f"{found[n]['microseconds']:>10.1f} {found[n]['of_copy']:>5.0%} " if n in found else f"{'-':>17}"
-            for n in names
-        )
-        label = f"{key[0]} {key[1]} {some['rows']} x {key[2]} {key[3]}"
-        yield f"{label:40}{some['least_bytes'] / 1e6:>8.0f}{cells}"
-    for what, why in result["left_out"].items():
-        yield f"left out: {what}: {why}"
-    for what, why in result["failed"].items():
-        yield f"FAILED: {what}: {why}"
-
-
 # ---- counts on a CPU -------------------------------------------------------------------------------------
 
 
@@ -287,16 +263,6 @@ def count(case: Case) -> dict[str, Any]:
         "sectors_over_fewest": total["sectors"] / total["ideal_sectors"],
         "bank_conflicts": sum(line.get("bank_conflicts", 0) for line in lines),
     }
-
-
-def count_table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Of counts."""
-    yield "counted on the emulator; these are no times"
-    yield f"{'':40}{'KB':>8}{'bytes/least':>13}{'sectors/fewest':>16}{'bank conflicts':>16}"
-    for row in rows:
-        label = f"{row['op']} {row['direction']} {row['rows']} x {row['columns']} {row['dtype']}"
-        counts = f"{row['bytes_over_least']:>13.3f}{row['sectors_over_fewest']:>16.3f}{row['bank_conflicts']:>16}"
-        yield f"{label:40}{row['least_bytes'] / 1e3:>8.0f}{counts}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------
@@ -327,7 +293,7 @@ def main(cases: list[Case], about: str, argv: list[str] | None = None) -> int:
             report = Report({**facts, "copy": clock.copies()}, arguments.out)
             report.write()
             time_all(cases, report, deadline, clock)
-            lines = table(report.result)
+            lines = harness.time_table(report.result)
         else:
             report = Report({**facts, "emulated": True}, arguments.out)
             for case in cases:
@@ -335,7 +301,7 @@ def main(cases: list[Case], about: str, argv: list[str] | None = None) -> int:
                     report.leave_out(case.name, "out of time")
                     continue
                 report.add(**count(case))
-            lines = count_table(report.rows)
+            lines = harness.count_table(report.result)
     except UserError as error:
         print(f"benchmark: error: {error}", file=sys.stderr)
         return 2

@@ -43,9 +43,9 @@ def at(where: str, **options: Any) -> Iterator[str]:
         yield "cpu"
 
 
-def last_path() -> tuple[str, str]:
-    """The path that the last emulated call took, and why."""
-    said = loading.library("emulated").json("fastgpt_last_path")
+def last_path(kind: str = EMULATED) -> tuple[str, str]:
+    """The path that the last call of a library took, on this thread, and why."""
+    said = loading.library(kind).json("fastgpt_last_path")
     return said["path"], said["reason"]
 
 

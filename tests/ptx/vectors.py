@@ -1,6 +1,6 @@
 """Every function of csrc/ptx on a GPU against what the emulator gives for it.
 
-    python -m tests.ptx.vectors             on the GPU here, against recorded.json; one line of JSON for each
+    python -m tests.ptx.vectors             on the GPU here, against recorded.json; lines of JSON for each
     python -m tests.ptx.vectors --emulated  the same with the emulator in the GPU's place
     python -m tests.ptx.vectors --record    writes recorded.json anew, from the emulator
 
@@ -23,6 +23,7 @@ import base64
 import ctypes
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,13 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.errors import UserError
+from fastgpt.native import toolchain
+
+from . import build
+
 RECORDED = Path(__file__).parent / "recorded.json"
-LIBRARY = Path(__file__).resolve().parents[2] / "build" / "ptx" / "vectors.so"
+LIBRARY = build.LIBRARY
 UNIT = 2.0**-23
 ALIGNMENT = 128
 
@@ -185,32 +191,38 @@ def _floats(content: bytes) -> np.ndarray:
 # ---- the command -----------------------------------------------------------------------------------------
 
 
-def run_all(library: Library, chip: int, names: list[str]) -> None:
-    """Says on stdout which vector is about to run and how it went, a line of JSON each; every line at once."""
+def run_all(library: Library, chip: int, names: list[str], lines: Path | None) -> bool:
+    """Says which vector is about to run and how it went, a line of JSON each, on stdout or at the end of a file; what
+    the file tells of is passed over. False where the GPU's context was lost."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    for name in names:
+    told = set()
+    if lines and lines.exists():
+        told = {json.loads(line)["name"] for line in lines.read_text(encoding="utf-8").splitlines() if line}
+
+    def say(**facts: Any) -> None:
+        if lines:
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+        else:
+            print(json.dumps(facts), flush=True)
+
+    for name in (name for name in names if name not in told):
         vector = library.vectors[name]
-        _say(name=name, state="begun")
+        say(name=name, state="begun")
         if vector.chip > chip or (vector.chip == 90 and chip != 90):  # Hopper's own are in no newer GPU
-            _say(name=name, state="skipped", reason=f"needs sm_{vector.chip}a, the GPU is sm_{chip}")
+            say(name=name, state="skipped", reason=f"needs sm_{vector.chip}a, the GPU is sm_{chip}")
             continue
         try:
             wrong = differs(vector, recorded, library.run(vector))
         except RuntimeError as error:
-            _say(name=name, state="failed", reason=str(error))
-            raise SystemExit(3) from None  # after an error a GPU's context answers nothing any more
-        if wrong:
-            _say(name=name, state="disagrees", reason=wrong)
-        else:
-            _say(name=name, state="agrees", bitwise=not vector.terms)
-
-
-def _say(**facts: Any) -> None:
-    print(json.dumps(facts), flush=True)
+            say(name=name, state="failed", reason=str(error))
+            return False
+        say(name=name, state="failed" if wrong else "passed", reason=wrong, bitwise=not vector.terms)
+    return True
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 where everything was run, whether or not it agreed; 2 where nothing can be."""
+    """Returns 0 where everything was run, whether or not it agreed; 2 where nothing can be; 3 where a GPU gave up."""
     parser = argparse.ArgumentParser(prog="python -m tests.ptx.vectors", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", help="which vectors; all")
     parser.add_argument("--emulated", action="store_true", help="on the emulator")
@@ -218,14 +230,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="only the names")
     arguments = parser.parse_args(argv)
     if arguments.emulated or arguments.record:
-        from . import build  # compilers; nothing that a GPU needs
-
-        library, chip = Library(build.emulated(build.WORK / "emulated.so", build.SOURCE)), 90
+        try:
+            library, chip = Library(build.emulated(build.WORK / "emulated.so", build.SOURCE)), 90
+        except (toolchain.Missing, UserError) as error:
+            print(f"the vectors cannot be built for the emulator: {error}", file=sys.stderr)
+            return 2
     else:
         try:
             library = Library(LIBRARY)
         except OSError as error:
             print(f"{LIBRARY.name} does not load: {error}; `make kernels` builds it where nvcc is", file=sys.stderr)
+            return 2
+        if library.digest() != build.digest():
+            print(f"{LIBRARY.name} is of other sources than these; `make kernels` where nvcc is", file=sys.stderr)
             return 2
         chip = 0 if arguments.list else library.chip()
         if chip < 0:
@@ -237,9 +254,9 @@ def main(argv: list[str]) -> int:
     names = arguments.names or list(library.vectors)
     if arguments.list:
         print("\n".join(names))
-    else:
-        run_all(library, chip, names)
-    return 0
+        return 0
+    lines = os.environ.get("FASTGPT_LINES")
+    return 0 if run_all(library, chip, names, Path(lines) if lines else None) else 3
 
 
 if __name__ == "__main__":
