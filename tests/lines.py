@@ -6,6 +6,7 @@ GPU's context does not survive the session ends, for every other test would fail
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,12 +28,20 @@ def say(**facts: Any) -> None:
         file.write(json.dumps(facts) + "\n")
 
 
+def told(file: Path) -> set[str]:
+    """The names that a file of lines tells of; a line that was cut off is none."""
+    found = set()
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.add(json.loads(line)["name"])
+    return found
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    told = set()
-    if FILE.is_file():
-        told = {json.loads(line)["name"] for line in FILE.read_text(encoding="utf-8").splitlines()}
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in told])
-    items[:] = [item for item in items if item.nodeid not in told]
+    done = told(FILE)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

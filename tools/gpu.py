@@ -57,6 +57,12 @@ if found["torch"]:
         from fastgpt import native, ops
         native.select(torch.zeros(1, device="cuda"), "layer_norm")
         found |= {"libraries": native.libraries(), "ops": sorted(native.cuda_ops())}
+        from fastgpt.native import loading
+        found["nvcc"] = getattr(loading.library("cuda"), "info", {}).get("nvcc")
+        import ctypes
+        version = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+        found["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
 print("PROBE" + json.dumps(found))
 """
 
@@ -310,6 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     if here["gpu"]:
         served = ", ".join(here["ops"]) or "none: " + "; ".join(row["reason"] for row in here["libraries"])
         print(f"kernels: {served}", flush=True)
+        if here["nvcc"] and int(here["driver"].split(".")[0]) < int(here["nvcc"].split(".")[0]):
+            print(f"The driver is for CUDA {here['driver']}, and the kernels were built with {here['nvcc']}: update "
+                  "the driver, or build them with an nvcc that is no newer", flush=True)  # fmt: skip
     else:
         print("There is no GPU here: what follows is from the emulator, and nothing was timed.", flush=True)
     out = arguments.out

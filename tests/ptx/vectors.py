@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -197,7 +198,9 @@ def run_all(library: Library, chip: int, names: list[str], lines: Path | None) -
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     told = set()
     if lines and lines.exists():
-        told = {json.loads(line)["name"] for line in lines.read_text(encoding="utf-8").splitlines() if line}
+        for line in lines.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # one that was cut off
+                told.add(json.loads(line)["name"])
 
     def say(**facts: Any) -> None:
         if lines:
@@ -246,7 +249,8 @@ def main(argv: list[str]) -> int:
             return 2
         chip = 0 if arguments.list else library.chip()
         if chip < 0:
-            print(f"no GPU can be used: CUDA's error {-chip}", file=sys.stderr)
+            hint = "; there is no driver, or one older than the CUDA it was built with" if chip == -35 else ""
+            print(f"no GPU can be used: CUDA's error {-chip}{hint}", file=sys.stderr)
             return 2
     if arguments.record:
         RECORDED.write_text(json.dumps(record(library), indent=0, sort_keys=True) + "\n", encoding="utf-8")
