@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "../ptx/kernels.cuh"
 #include "emulator/elements.h"
+#include "kernels.cuh"
 
 namespace {
 

@@ -84,7 +84,9 @@ def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
         assert emulator.text("emulator_run_model", model) == ""
         for site in emulator.sites():
             met_by.setdefault(site["id"], model)
-    ours = [site for site in emulator.sites() if site["file"] in ("tests/emulator/models.cu", "tests/ptx/kernels.cuh")]
+    ours = [
+        site for site in emulator.sites() if site["file"] in ("tests/emulator/models.cu", "tests/emulator/kernels.cuh")
+    ]
     kinds = {site["kind"] for site in ours}
     ours = [site for site in ours if site["kind"] not in WITHOUT_EFFECT]
     assert kinds >= {"__syncthreads", "__syncwarp", "mbarrier.try_wait", "wgmma.fence", "wgmma.commit_group"}

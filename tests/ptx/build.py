@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 from fastgpt.errors import UserError
-from fastgpt.native import build, toolchain
+from fastgpt.native import build, emulate, toolchain
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WORK = ROOT / "build" / "ptx"
 LIBRARY = WORK / "vectors.so"
 SOURCE = HERE / "vectors.cu"
+KERNELS = HERE.parent / "emulator" / "kernels.cuh"
 ARCHS = "8.0+PTX;9.0a"  # nobody else's: every GPU from 8.0 on runs what it has
 
 
@@ -26,7 +27,7 @@ def digest() -> str:
     """Of the sources that a library of vectors is made of: one that is built from others says nothing about these."""
     files = [*(ROOT / "csrc/ptx").glob("*.cuh"), *(ROOT / "csrc/device").glob("*"), ROOT / "csrc/host/launch.h"]
     sha = hashlib.sha256()
-    for path in sorted([*files, *HERE.glob("*.cu*")]):
+    for path in [*sorted(files), KERNELS, SOURCE]:
         sha.update(path.name.encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()[:16]
 
@@ -40,43 +41,17 @@ def vectors() -> Path:
     WORK.mkdir(parents=True, exist_ok=True)
     built = WORK / ".vectors.so"
     flags = [flag for arch in toolchain.parse_archs(ARCHS, "ARCHS") for flag in arch.flags()]
-    run([str(nvcc.path), *build._NVCC, *flags, "-ccbin", gxx.path, "-Icsrc", "-shared", "--threads=2",
-         f'-DFASTGPT_VECTORS_DIGEST="{digest()}"', str(SOURCE.relative_to(ROOT)), "-o", str(built)])  # fmt: skip
+    command = [str(nvcc.path), *build._NVCC, *flags, "-ccbin", gxx.path, "-Icsrc", f"-I{KERNELS.parent}", "-shared"]
+    command += [f'-DFASTGPT_VECTORS_DIGEST="{digest()}"', str(SOURCE.relative_to(ROOT)), "-o", str(built)]
+    run([*command, "--threads=2"])
     built.replace(LIBRARY)
     said.write_text(digest())
     return LIBRARY
 
 
-def emulated(product: Path, *sources: Path) -> Path:
-    """A library of these kernels and the emulator; what is up to date is kept. Raises toolchain.Missing."""
-    built = build.build("emulated")  # whose objects of the emulator serve here too
-    if built["status"] != "built":
-        raise toolchain.Missing(built["reason"])
-    gxx = str(toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR).path)
-    command = [gxx, *build._KERNEL, "-fno-builtin-memcpy", "-Icsrc", "-DFASTGPT_EMULATED"]
-    command += [f"-ffile-prefix-map={ROOT}=.", "-isystem", str(toolchain.find_cuda_headers())]
-    product.parent.mkdir(parents=True, exist_ok=True)
-    with build._alone_in(product.parent):
-        return _emulated(command, gxx, product, sources)
-
-
-def _emulated(command: list[str], gxx: str, product: Path, sources: tuple[Path, ...]) -> Path:
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.cuh")]
-    headers += [*(header for source in sources for header in source.parent.glob("*.h")), Path(build.__file__)]
-    newest = max(header.stat().st_mtime for header in headers)
-    emulator = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
-    objects = [build.WORK / "emulated" / f"{source.relative_to(ROOT)}.o" for source in emulator]
-    for source in sources:
-        objects.append(product.parent / f"{source.stem}.o")
-        if not _is_newer(objects[-1], max(newest, source.stat().st_mtime)):
-            run([*command, "-c", str(source.relative_to(ROOT)), "-o", str(objects[-1])])
-    if not _is_newer(product, max(o.stat().st_mtime for o in objects)):
-        run([gxx, "-shared", *map(str, objects), "-o", str(product), "-Wl,--no-undefined"])
-    return product
-
-
-def _is_newer(file: Path, time: float) -> bool:
-    return file.exists() and file.stat().st_mtime > time
+def emulated() -> Path:
+    """The same on the emulator. Raises toolchain.Missing."""
+    return emulate.build_library([SOURCE], beside=KERNELS.parent)
 
 
 def run(command: list[str]) -> None:

@@ -22,7 +22,7 @@ RECORDED = json.loads(vectors.RECORDED.read_text())
 @pytest.fixture(scope="module")
 def library() -> vectors.Library:
     try:
-        return vectors.Library(build.emulated(build.WORK / "emulated.so", build.SOURCE))
+        return vectors.Library(build.emulated())
     except toolchain.Missing as missing:
         pytest.skip(str(missing))
 
@@ -34,7 +34,7 @@ def test_the_emulator_gives_what_is_recorded(library: vectors.Library) -> None:
 
 
 def test_no_function_of_csrc_ptx_is_left_out(library: vectors.Library) -> None:
-    text = "".join((build.HERE / name).read_text() for name in ("kernels.cuh", "vectors.cu"))
+    text = "".join(path.read_text() for path in (build.KERNELS, build.SOURCE))
     for file in sorted((ROOT / "csrc/ptx").glob("*_gpu.cuh")):
         for name in re.findall(r"FASTGPT_PTX [\w*]+ ?\*?(\w+)\(", file.read_text()):
             # shared_address: through every function that takes shared memory
@@ -55,8 +55,9 @@ def test_every_instruction_is_in_the_compiled_vectors(tmp_path: Path) -> None:
     except toolchain.Missing as missing:
         pytest.skip(str(missing))
     ptx = tmp_path / "vectors.ptx"
-    build.run([str(nvcc.path), "-ccbin", gxx.path, "-std=c++17", "-Icsrc", "-arch=compute_90a", "--ptx",
-               '-DFASTGPT_VECTORS_DIGEST=""', str(build.SOURCE), "-o", str(ptx)])  # fmt: skip
+    command = [str(nvcc.path), "-ccbin", gxx.path, "-std=c++17", "-Icsrc", f"-I{build.KERNELS.parent}"]
+    command += ["-arch=compute_90a", "--ptx", '-DFASTGPT_VECTORS_DIGEST=""', str(build.SOURCE), "-o", str(ptx)]
+    build.run(command)
     found = set(re.findall(r"^\s*(?:\{|@!?%?\w+ )?\s*([a-z]\w*(?:[.:]+\w+)+)", ptx.read_text(), re.M))
     wanted = {f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16" for n in range(8, 257, 8)}
     wanted |= {f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16" for n in (8, 16, 64, 128)}

@@ -234,7 +234,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.emulated or arguments.record:
         try:
-            library, chip = Library(build.emulated(build.WORK / "emulated.so", build.SOURCE)), 90
+            library, chip = Library(build.emulated()), 90
         except (toolchain.Missing, UserError) as error:
             print(f"the vectors cannot be built for the emulator: {error}", file=sys.stderr)
             return 2
