@@ -33,7 +33,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "data": (105, ("test_data_",)),
     "tokenizer": (24, ("test_tokenizer",)),
     "demo": (60, ("test_demo", "test_plot")),
-    "benchmarks": (95, ("test_benchmarks", "test_gpu")),
+    "benchmarks": (80, ("test_benchmarks", "test_gpu")),
     "cli": (36, ("test_cli", "test_config", "test_doctor")),
     "guide": (40, ("test_guide",)),
     "others": (28, ("",)),

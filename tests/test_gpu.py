@@ -204,7 +204,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: An
 
 def test_a_vector_that_disagrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = json.loads(vectors.RECORDED.read_text())
-    vector = vectors.Vector("mma_bf16", 80, "whole", 0, [["bf16", 512]], 512)
+    vector = vectors.Vector("mma_bf16", 80, "whole", 0, 0.0, [["bf16", 512]], 512)
     library = SimpleNamespace(vectors={"mma_bf16": vector}, run=lambda v: b"wrong")
     monkeypatch.setattr(vectors, "RECORDED", tmp_path / "recorded.json")
     vectors.RECORDED.write_text(json.dumps(recorded))

@@ -10,6 +10,9 @@
 
 #include "device/types.h"
 #include "kernels.cuh"
+#if __has_include("ptx/approximate.cuh")
+#include "ptx/approximate.cuh"
+#endif
 
 namespace {
 
@@ -84,7 +87,8 @@ class Io {
 struct Vector {
   int chip;  // the oldest that has the instruction: 80, or 90 for Hopper's own
   const char* values;
-  int terms;  // of the longest sum, where its order and rounding are the hardware's; 0: bitwise
+  int terms;        // of the longest sum, where its order and rounding are the hardware's; 0: bitwise
+  double relative;  // of an approximation: how far two may be from each other, each as wrong as the manual allows
   void (*run)(Io&);
 };
 using Vectors = std::map<std::string, Vector>;
@@ -93,8 +97,8 @@ Vectors& vectors() {
   return all;
 }
 
-bool add(const std::string& name, int chip, const char* values, int terms, void (*run)(Io&)) {
-  return vectors().insert({name, {chip, values, terms, run}}).second;
+bool add(const std::string& name, int chip, const char* values, int terms, void (*run)(Io&), double relative = 0) {
+  return vectors().insert({name, {chip, values, terms, relative, run}}).second;
 }
 
 #define VECTOR(name, chip, values)                                       \
@@ -143,6 +147,18 @@ void products_tf32(Io& io) {
   const float *a = io.in<float>(128), *b = io.in<float>(64), *c = io.in<float>(128);
   io.launch(multiply_tf32, {dim3(1), dim3(32)}, a, b, c, io.out<float>(128), kLowBits);
 }
+
+#if __has_include("ptx/approximate.cuh")
+template <float (*kFunction)(float)>
+__global__ void apply(const float* x, float* y) {
+  y[threadIdx.x] = kFunction(x[threadIdx.x]);
+}
+template <float (*kFunction)(float)>
+void values(Io& io) {
+  const float* x = io.in<float>(256);
+  io.launch(apply<kFunction>, {dim3(1), dim3(256)}, x, io.out<float>(256));
+}
+#endif
 
 // ---- sm_90 ----
 
@@ -291,6 +307,10 @@ const bool known_templates = [] {
   add("mma_bf16_rounding", 80, "normal", 17, products<bf16>);
   add("mma_f16_rounding", 80, "normal", 17, products<f16>);
   add("mma_tf32_rounding", 80, "normal", 9, products_tf32<0>);
+#if __has_include("ptx/approximate.cuh")
+  add("exp2_approx", 80, "sums", 0, values<exp2_approx>, 2 * 0x1p-22);
+  add("reciprocal_approx", 80, "sums", 0, values<reciprocal_approx>, 2 * 0x1p-23);
+#endif
   add_boxes<1>();
   add_boxes<2>();
   add_boxes<3>();
@@ -371,7 +391,8 @@ EXPORT const char* ptx_vectors() {
     Io io;
     vector.run(io);
     json += (json.empty() ? "[" : ",\n ") + ("{\"name\": \"" + name) + "\", \"chip\": " + std::to_string(vector.chip) +
-            ", \"values\": \"" + vector.values + "\", \"terms\": " + std::to_string(vector.terms) + ", \"inputs\": [" +
+            ", \"values\": \"" + vector.values + "\", \"terms\": " + std::to_string(vector.terms) +
+            ", \"relative\": " + std::to_string(vector.relative * 0x1p24) + ", \"inputs\": [" +
             io.described + "], \"out_bytes\": " + std::to_string(io.out_bytes) + "}";
   }
   return keep(json + "]");
