@@ -10,9 +10,7 @@
 
 #include "device/types.h"
 #include "kernels.cuh"
-#if __has_include("ptx/approximate.cuh")
 #include "ptx/approximate.cuh"
-#endif
 
 namespace {
 
@@ -148,7 +146,6 @@ void products_tf32(Io& io) {
   io.launch(multiply_tf32, {dim3(1), dim3(32)}, a, b, c, io.out<float>(128), kLowBits);
 }
 
-#if __has_include("ptx/approximate.cuh")
 template <float (*kFunction)(float)>
 __global__ void apply(const float* x, float* y) {
   y[threadIdx.x] = kFunction(x[threadIdx.x]);
@@ -158,7 +155,6 @@ void values(Io& io) {
   const float* x = io.in<float>(256);
   io.launch(apply<kFunction>, {dim3(1), dim3(256)}, x, io.out<float>(256));
 }
-#endif
 
 // ---- sm_90 ----
 
@@ -307,10 +303,8 @@ const bool known_templates = [] {
   add("mma_bf16_rounding", 80, "normal", 17, products<bf16>);
   add("mma_f16_rounding", 80, "normal", 17, products<f16>);
   add("mma_tf32_rounding", 80, "normal", 9, products_tf32<0>);
-#if __has_include("ptx/approximate.cuh")
   add("exp2_approx", 80, "sums", 0, values<exp2_approx>, 2 * 0x1p-22);
   add("reciprocal_approx", 80, "sums", 0, values<reciprocal_approx>, 2 * 0x1p-23);
-#endif
   add_boxes<1>();
   add_boxes<2>();
   add_boxes<3>();
