@@ -25,7 +25,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class Position:
     offset: int = 0
     """Bytes of the (decompressed) file, or rows of a .parquet file."""
     line: int = 0
-    """Lines of a .jsonl file, or parts of a long document, read so far."""
+    """Lines of a .jsonl file, or parts of a long document, read so far. A piece of lines does not know it: who encodes
+    it counts them."""
     end: int = 0
     """Inside a long document: the offset of its end; else 0."""
     after: int = 0
@@ -95,7 +96,7 @@ class Piece:
     kind: str
     """documents: whole ones; jsonl: whole lines; part: a part of one long document."""
     data: list[bytes]
-    """The documents; or the lines, or the part, as its only item."""
+    """The documents; or the lines, or the part, as its only item. Nothing where `path` says what to read."""
     where: list[tuple[str, int]]
     """For each item the file's name and where in it the item begins: byte, or row."""
     position: Position
@@ -105,7 +106,9 @@ class Piece:
     split: str = ""
     """As InputFile.split."""
     line: int = 0
-    """jsonl: lines before it."""
+    """jsonl: lines before it, where that is known."""
+    path: str = ""
+    """jsonl: the plain file in which `size` bytes are to be read."""
     unit: str = "byte"
     """What `where` counts."""
     digest: bytes = b""
@@ -114,10 +117,43 @@ class Piece:
     """part: it begins the document."""
     last: bool = True
     """part: it ends the document."""
-    size: int = field(init=False)
+    size: int = 0
+    """Bytes of its text."""
 
     def __post_init__(self) -> None:
-        self.size = sum(map(len, self.data))
+        self.size = self.size or sum(map(len, self.data))
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """jsonl: where each line begins in the file, and the line; the last is empty where a line break ends the piece.
+
+        Raises InputError at a line that is too long, and for a file that cannot be read.
+        """
+        name, offset = self.where[0]
+        text = self._read() if self.path else self.data[0]
+        begin = number = 0
+        while begin <= len(text):
+            number += 1
+            end = text.find(b"\n", begin)
+            end = end if end >= 0 else len(text)
+            if end - begin > LARGEST_DOCUMENT:
+                raise InputError(
+                    f"{name}: line {self.line + number} is longer than {LARGEST_DOCUMENT // _MIB} MiB, the most for a "
+                    f"document in .jsonl; put it into a .txt file of its own"
+                )
+            yield offset + begin, text[begin:end]
+            begin = end + 1
+
+    def _read(self) -> bytes:
+        name, offset = self.where[0]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise InputError(f"cannot read {name}: {error.strerror or error}") from None
+        if len(data) < self.size:
+            raise InputError(f"{name} became shorter while it was read")
+        return data
 
 
 def digest_of(text: bytes) -> bytes:
@@ -349,6 +385,14 @@ class _Stream:
             self._rest = block[offset:]
             offset -= len(block) - len(self._rest)
 
+    def rest_of_line(self, offset: int, limit: int) -> int:
+        """Bytes of a plain file from there to the end of the line, at most `limit`."""
+        try:
+            self._raw.seek(offset)
+            return len(self._raw.readline(limit))
+        except OSError as error:
+            raise InputError(f"cannot read {self.file.name}: {error.strerror or error}") from None
+
     def consumed(self) -> int:
         """Bytes of the file, as it lies on the disk, read so far."""
         return self._raw.tell() if self._share is None else self._share
@@ -485,32 +529,41 @@ def _read_parts(file: InputFile, stream: _Stream, at: Position) -> Iterator[Piec
 def _read_lines(
     file: InputFile, number: int, stream: _Stream, at: Position, text_field: str
 ) -> Iterator[Document | Piece]:
+    """Pieces of whole lines, not yet counted. The piece in which a line proves too long is the last: who encodes it
+    refuses it, and knows the number of the line."""
     stream.skip_to(at.offset)
-    offset, line = at.offset, at.line
+    offset = at.offset
+    if not file.compression:
+        if offset == 0 and stream.read(len(_BOM)) == _BOM:
+            offset = len(_BOM)
+        rest = 0
+        while offset < file.size and rest <= LARGEST_DOCUMENT:
+            rest = stream.rest_of_line(offset + PIECE_BYTES, LARGEST_DOCUMENT + 1)
+            end = min(offset + PIECE_BYTES + rest, file.size)
+            stream.set_consumed(end)
+            where, after = [(file.name, offset)], Position(number, end)
+            yield Piece("jsonl", [], where, after, 0, file.split, path=file.path, size=end - offset)
+            offset = end
+        return
     blocks: list[bytes] = []
-    length = 0
-    while True:
+    length = 0  # of the line that goes on in the next block
+    last = False
+    while not last:
         block = stream.read()
         if offset == 0 and not blocks and block.startswith(_BOM):
             block, offset = block[len(_BOM) :], len(_BOM)
-        end = block.rfind(b"\n") + 1 if block else 0
-        if end or not block:
+        end = block.rfind(b"\n") + 1
+        length = len(block) - end + (0 if end else length)
+        last = not block or length > LARGEST_DOCUMENT
+        if last:
+            end = len(block)
+        if end or last:
             lines = b"".join([*blocks, block[:end]])
+            after = Position(number, offset + len(lines))
             if lines:
-                count = lines.count(b"\n")
-                position = Position(number, offset + len(lines), line + count)
-                yield Piece("jsonl", [lines], [(file.name, offset)], position, 0, file.split, line=line)
-                offset, line = position.offset, position.line
-            if not block:
-                return
-            blocks, length = [], 0
+                yield Piece("jsonl", [lines], [(file.name, offset)], after, 0, file.split)
+            offset, blocks = after.offset, []
         blocks.append(block[end:])
-        length += len(block) - end
-        if length > LARGEST_DOCUMENT:
-            raise InputError(
-                f"{file.name}: line {line + 1} is longer than {LARGEST_DOCUMENT // _MIB} MiB, the most for a document "
-                f"in .jsonl; put it into a .txt file of its own"
-            )
 
 
 def _read_rows(

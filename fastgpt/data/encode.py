@@ -38,6 +38,8 @@ class Encoded:
     """Invalid UTF-8 sequences that became U+FFFD, by the name of their file."""
     empty: int
     """Documents without text, left out."""
+    lines: int = 0
+    """jsonl: lines that ended."""
 
 
 class Encoder:
@@ -72,18 +74,20 @@ class Encoder:
             result.text_bytes.append(len(data))
             result.digests.append(digest_of(data) if piece.kind != "part" else piece.digest)
         result.ids = b"".join(encoded)
-        result.replaced = decoded.replaced
+        result.replaced, result.lines = decoded.replaced, decoded.lines
         return result
 
 
 class Texts:
-    """The documents of a piece: iterate for (text, its UTF-8 bytes). `replaced` counts U+FFFD put in, by file."""
+    """The documents of a piece: iterate for (text, its UTF-8 bytes). `replaced` counts U+FFFD put in, by file, `lines`
+    the line breaks of .jsonl."""
 
     def __init__(self, piece: Piece, text_field: str, errors: str):
         self.piece = piece
         self.text_field = text_field
         self.errors = errors
         self.replaced: dict[str, int] = {}
+        self.lines = 0
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         if self.piece.kind == "jsonl":
@@ -110,11 +114,11 @@ class Texts:
         self.replaced[name] = self.replaced.get(name, 0) + replaced
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
-        name, offset = self.piece.where[0]
+        name = self.piece.where[0][0]
         # line by line, not at once: one character outside of Latin-1 makes a text four times as large
-        for number, data in enumerate(self.piece.data[0].split(b"\n"), self.piece.line + 1):
+        for number, (offset, data) in enumerate(self.piece.lines(), self.piece.line + 1):
+            self.lines = number - self.piece.line - 1
             line, _ = self._decode(data, name, offset, "byte")
-            offset += len(data) + 1
             if not line or line.isspace():
                 continue
             try:

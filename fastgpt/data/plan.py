@@ -116,9 +116,12 @@ def _sample(files: list[InputFile], text_field: str) -> tuple[list[Piece], int]:
         wanted += share * file.size
         if share < 1 and taken >= wanted:
             continue
-        before = taken
+        before, lines = taken, 0
         for piece in read_pieces([file], Position(), text_field):
             pieces.append(piece)
+            if piece.kind == "jsonl":
+                piece.line = lines
+                lines += sum(1 for _ in piece.lines()) - 1
             taken = before + piece.consumed
             if share < 1 and taken >= wanted:
                 break

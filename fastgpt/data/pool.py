@@ -12,6 +12,7 @@ from multiprocessing.connection import Pipe
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .documents import InputError
 from .worker import Channel
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ class Inline:
 
     def submit(self, piece: Piece) -> Future[Encoded]:
         future: Future[Encoded] = Future()
-        future.set_result(self._encoder.encode(piece))
+        try:
+            future.set_result(self._encoder.encode(piece))
+        except InputError as error:
+            future.set_exception(error)
         return future
 
     def close(self) -> None:

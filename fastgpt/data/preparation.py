@@ -413,9 +413,11 @@ class Preparation:
             wanted += share * file.size
             if share < 1 and taken >= wanted:
                 continue
-            split = ""
+            split, lines = "", 0
             for piece in read_pieces([file], Position(), self.config.text_field):
-                for text, data in Texts(piece, self.config.text_field, self.config.errors):
+                piece.line = lines
+                texts = Texts(piece, self.config.text_field, self.config.errors)
+                for text, data in texts:
                     if piece.kind != "part" or piece.first:
                         split = self._split_of(piece.split, piece.digest or digest_of(data))
                     taken += len(data)
@@ -424,6 +426,7 @@ class Preparation:
                         continue
                     total += len(data)
                     held.append(text)
+                lines += texts.lines
                 while held and validation_seen:
                     yield held.popleft()
                 if share < 1 and taken >= wanted:
@@ -467,7 +470,14 @@ class Preparation:
             ):
                 done, future = ahead.popleft()
                 ahead_bytes -= done.size
-                self._commit(done, future.result())
+                if done.kind == "jsonl":  # what was before it is committed, and with that counted
+                    done.line = self.position.line if self.position.file == done.position.file else 0
+                try:
+                    encoded = future.result()
+                except InputError:
+                    encoder.encode(done)  # raises it with the number of the line in the file
+                    raise
+                self._commit(done, encoded)
                 if time.monotonic() - saved >= STATE_SECONDS:
                     self._save()
                     saved = time.monotonic()
@@ -515,6 +525,8 @@ class Preparation:
         for name, count in encoded.replaced.items():
             self.replaced += count
             self.replaced_in.add(name)
+        if piece.kind == "jsonl":
+            piece.position.line = piece.line + encoded.lines
         self.position, self.consumed = piece.position, piece.consumed
         self.show.update(self.consumed, self._text_bytes())
 
