@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import functools
 import hashlib
 import itertools
@@ -32,6 +31,7 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import tiktoken
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -82,8 +82,6 @@ class Tokenizer:
             special_tokens: text and id of the tokens that stand for no text; one must mean end of text.
             name: how it is called in messages and in dataset.json; made from the content when not given.
         """
-        import tiktoken
-
         self._pattern = pattern
         self._ranks = dict(ranks)
         self._special_tokens = dict(special_tokens)
@@ -94,10 +92,19 @@ class Tokenizer:
             )
         self._eot_id = ends[0]
         self._vocab_size = 1 + max(max(self._ranks.values()), *self._special_tokens.values())
-        self._encoding = tiktoken.Encoding(
-            name or "fastgpt", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=self._special_tokens
-        )
         self._name = name
+
+    @functools.cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        """Made when it is first used: the process that hands the tokenizer to workers mostly has no use for it."""
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self._name or "fastgpt",
+            pat_str=self._pattern,
+            mergeable_ranks=self._ranks,
+            special_tokens=self._special_tokens,
+        )
 
     # ---- what it is --------------------------------------------------------------------------
 
@@ -305,6 +312,8 @@ class Tokenizer:
         try:
             data = file.read_bytes()
         except OSError as error:
+            import difflib
+
             near = difflib.get_close_matches(str(source), TIKTOKEN_NAMES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"or by name: {', '.join(TIKTOKEN_NAMES)}"
             raise UserError(

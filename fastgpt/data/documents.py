@@ -18,7 +18,6 @@ and reading that starts there yields what it would have yielded.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import os
 import re
@@ -319,12 +318,16 @@ class _Stream:
         self.file = file
         self._raw = open(file.path, "rb")  # noqa: SIM115 - closed by close()
         self._zstd: Any = None
+        self._damage: tuple[type[Exception], ...] = ()
         self._rest = b""  # decompressed, not yet read
         self._fed = b""  # compressed, read from the file and not yet decompressed
         self._share: int | None = None
         # not more than a small file holds: a thousand of them would otherwise cost a thousand megabytes of pages
         self._block = _BLOCK if file.compression else min(_BLOCK, file.size + 1)
         if file.compression == "gz":
+            import gzip
+
+            self._damage = (zlib.error, gzip.BadGzipFile)
             self._data: Any = gzip.GzipFile(fileobj=self._raw)
         elif file.compression == "zst":
             try:
@@ -346,7 +349,7 @@ class _Stream:
             return self._read_zstd(size) if self._zstd else self._data.read(size)
         except EOFError:
             raise InputError(f"{self.file.name} ends too soon: the compressed file is truncated") from None
-        except (zlib.error, gzip.BadGzipFile) as error:
+        except self._damage as error:
             raise InputError(f"{self.file.name} is damaged, or no .gz file: {error}") from None
         except OSError as error:
             raise InputError(f"cannot read {self.file.name}: {error.strerror or error}") from None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
+import socket
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Pipe
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -52,33 +53,31 @@ class WorkerPool:
         self._idle: queue.SimpleQueue[tuple[Channel, subprocess.Popen]] = queue.SimpleQueue()
         self._all: list[tuple[Channel, subprocess.Popen]] = []
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        # what it will need is imported before the encoder comes, which brings the tokenizer's module by itself
+        # -S: `site` takes as long as the half of the imports, and finds what is on sys.path anyway, but for a package
+        # that an editable install finds by a hook. What a worker will need is imported before the encoder comes.
+        paths = [*sys.path, str(Path(__file__).parents[2])]
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; import fastgpt.data.encode, fastgpt.tokenizer, tiktoken; "
+            f"import sys; sys.path[:] = {paths!r}; import fastgpt.data.encode, fastgpt.tokenizer, tiktoken; "
             "from fastgpt.data.worker import serve; serve(int(sys.argv[1]))"
         )
         try:
             for _ in range(workers):
-                ours, theirs = Pipe()
+                ours, theirs = socket.socketpair()
                 with theirs:
                     process = subprocess.Popen(
-                        [sys.executable, "-c", code, str(theirs.fileno())],
+                        [sys.executable, "-S", "-c", code, str(theirs.fileno())],
                         pass_fds=[theirs.fileno()],
                         stdin=subprocess.DEVNULL,
                     )
-                self._all.append((Channel(ours), process))
+                self._all.append((Channel(ours.detach()), process))
         except BaseException:
             self.close()
             raise
 
     def start(self, encoder: Encoder) -> None:
-        """Give every worker the encoder. Raises UserError where one has died."""
+        """Give every worker the encoder, without waiting until it comes up."""
         for channel, process in self._all:
-            try:
-                channel.send(encoder)
-            except OSError:
-                raise self._died(process) from None
-            self._idle.put((channel, process))
+            self._threads.submit(self._give, channel, process, encoder)
 
     def submit(self, piece: Piece) -> Future[Encoded]:
         """The piece's ids, when a worker has made them."""
@@ -93,6 +92,11 @@ class WorkerPool:
         for channel, process in self._all:
             channel.close()
             process.wait()
+
+    def _give(self, channel: Channel, process: subprocess.Popen, encoder: Encoder) -> None:
+        with contextlib.suppress(OSError):  # that it has died is told when it gets a piece
+            channel.send(encoder)
+        self._idle.put((channel, process))
 
     def _run(self, piece: Piece) -> Encoded:
         channel, process = self._idle.get()

@@ -159,6 +159,7 @@ class Preparation:
         self.digests_crc = 0  # of prepare.digests
         self.encoded_ids = self.encoded_input = 0  # what the size of the whole is estimated from
         self.pool: Inline | WorkerPool | None = None
+        self.encoder: Encoder | None = None
         self.writers: dict[str, ShardWriter] = {}
         self.digests_file: Any = None
 
@@ -178,11 +179,15 @@ class Preparation:
     def _given_tokenizer(self) -> Tokenizer | None:
         if self.config.tokenizer == "train":
             return None
-        if not (self.folder / DATASET_FILE).exists():
+        new = not (self.folder / DATASET_FILE).exists()
+        if new:
             self._workers()  # they come up while the tokenizer is loaded
         from ..tokenizer import Tokenizer
 
-        return Tokenizer.load(self.config.tokenizer)
+        tokenizer = Tokenizer.load(self.config.tokenizer)
+        if new:
+            self._start(tokenizer)  # and build theirs while the folder is made ready
+        return tokenizer
 
     def _work_or_clean(self, tokenizer: Tokenizer | None, overwrite: bool) -> dict[str, Any]:
         state = None
@@ -329,7 +334,7 @@ class Preparation:
             self.show.line(f"skipped {skipped}")
         self.tokenizer_owned = state["tokenizer_owned"]
         tokenizer = self._tokenizer(tokenizer, state if resumed else None)
-        encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
+        self._start(tokenizer)
         dtype = dtype_for(tokenizer.vocab_size)
         self.writers = {split: ShardWriter(self.folder, split, dtype, self.config.shard_tokens) for split in SPLITS}
         self.tokenizer_sha256 = tokenizer.sha256
@@ -337,7 +342,7 @@ class Preparation:
         self._save()
         began, text_before = time.perf_counter(), self._text_bytes()
         self.show.start(self.consumed, resumed)
-        self._encode_all(encoder)
+        self._encode_all()
         meta = self._finish(tokenizer)
         seconds = time.perf_counter() - began
         self.show.close()
@@ -454,9 +459,14 @@ class Preparation:
             self.pool = WorkerPool(workers) if workers > 1 else Inline()
         return self.pool
 
-    def _encode_all(self, encoder: Encoder) -> None:
-        pool = self._workers()
-        pool.start(encoder)
+    def _start(self, tokenizer: Tokenizer) -> None:
+        """Give the workers what they encode with, once."""
+        if self.encoder is None:
+            self.encoder = Encoder(tokenizer, self.config.text_field, self.config.errors)
+            self._workers().start(self.encoder)
+
+    def _encode_all(self) -> None:
+        pool, encoder = self._workers(), self.encoder
         ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
         ahead_bytes = 0
         saved = time.monotonic()
