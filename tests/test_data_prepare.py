@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import itertools
 import json
 import math
@@ -22,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data import Dataset, adopt_shards, documents, preparation, prepare, shards, verify
+from fastgpt.data.encode import Encoder
+from fastgpt.data.pool import WorkerPool
 from fastgpt.data.shards import UINT16
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
@@ -122,6 +125,53 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
             progress=False,
         )
     assert contents(tmp_path / "by1") == contents(tmp_path / "by3")
+
+
+def jsonl(first, end):
+    return "".join(json.dumps({"text": text(i, 20)}) + "\n\n" * (i % 2) + "\n" for i in range(first, end))
+
+
+@pytest.mark.parametrize("tokenizer", ["small", "train"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_bad_line_is_told_by_its_number_in_the_file(tmp_path, small_pieces, monkeypatch, ending, tokenizer):
+    """However many pieces are before it: who encodes a piece counts its lines only."""
+    monkeypatch.setattr(documents, "_BLOCK", 600)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(jsonl(0, 30))
+    content = jsonl(30, 150)
+    number = content.count("\n") + 1
+    content += "{}\n" + jsonl(150, 160)
+    (folder / f"b{ending}").write_bytes(gzip.compress(content.encode()) if ending[-1] == "z" else content.encode())
+    options = {"tokenizer": "train", "vocab_size": 300} if tokenizer == "train" else {}
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=f"b{ending}, line {number}: no text in the field"):
+            prepare(config(tmp_path, workers=workers, **options), progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_bad_line_is_told_by_its_number_after_a_kill(tmp_path, small_pieces):
+    (tmp_path / "corpus").mkdir()
+    content = jsonl(0, 150)
+    (tmp_path / "corpus" / "a.jsonl").write_text(content + "{}\n")
+    in_child(lambda: (kill_at(40), prepare(config(tmp_path), progress=False)), -signal.SIGKILL)
+    state = json.loads((tmp_path / "data" / "prepare.json").read_text())
+    read = content[: state["position"]["offset"]].count("\n")
+    assert 0 < state["position"]["line"] == read < content.count("\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl, line {content.count(chr(10)) + 1}: no text in the field"):
+        prepare(config(tmp_path), progress=False)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, small_pieces):
+    (tmp_path / "corpus").mkdir()
+    path = tmp_path / "corpus" / "a.jsonl"
+    path.write_text(jsonl(0, 50))
+    pieces = documents.read_pieces(documents.find_files([str(path)])[0], documents.Position(), "text")
+    first, *_, last = pieces
+    os.truncate(path, first.size)
+    assert b"\n".join(line for _, line in first.lines()) == path.read_bytes()
+    with pytest.raises(UserError, match=r"a\.jsonl became shorter while it was read"):
+        list(last.lines())
 
 
 def test_exact_duplicates_are_dropped(tmp_path, small_pieces):
@@ -735,6 +785,17 @@ def test_a_dead_worker_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
         prepare(config(tmp_path, workers=2), progress=False)
     monkeypatch.undo()
     assert prepare(config(tmp_path), progress=False)["run"]["resumed"]
+
+
+def test_a_mistake_in_a_worker_is_raised_with_its_traceback():
+    pool = WorkerPool(1)
+    try:
+        pool.start(Encoder(small_tokenizer(), "text", "strict"))
+        piece = documents.Piece("jsonl", [], [("a.jsonl", 0)], documents.Position(), 0)
+        with pytest.raises(RuntimeError, match=r"in lines\n(.*\n)*IndexError"):
+            pool.submit(piece).result()
+    finally:
+        pool.close()
 
 
 def test_an_interrupted_folder_takes_no_other_inputs(tmp_path, small_pieces):

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import socket
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .documents import InputError
+from .documents import InputError, Piece
+from .encode import Encoded, Encoder
 from .worker import Channel
-
-if TYPE_CHECKING:
-    from .documents import Piece
-    from .encode import Encoded, Encoder
 
 
 class Inline:
@@ -53,12 +48,12 @@ class WorkerPool:
         self._idle: queue.SimpleQueue[tuple[Channel, subprocess.Popen]] = queue.SimpleQueue()
         self._all: list[tuple[Channel, subprocess.Popen]] = []
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        # -S: `site` takes as long as the half of the imports, and finds what is on sys.path anyway, but for a package
-        # that an editable install finds by a hook. What a worker will need is imported before the encoder comes.
+        # -S: `site` would take as long as all of fastgpt's imports, for paths that are on sys.path already and for the
+        # hook of an editable install, whose folder is named here. tiktoken is imported before the encoder comes.
         paths = [*sys.path, str(Path(__file__).parents[2])]
         code = (
-            f"import sys; sys.path[:] = {paths!r}; import fastgpt.data.encode, fastgpt.tokenizer, tiktoken; "
-            "from fastgpt.data.worker import serve; serve(int(sys.argv[1]))"
+            f"import sys; sys.path[:] = {paths!r}; import tiktoken; from fastgpt.data.worker import serve; "
+            "serve(int(sys.argv[1]))"
         )
         try:
             for _ in range(workers):
@@ -95,23 +90,26 @@ class WorkerPool:
 
     def _give(self, channel: Channel, process: subprocess.Popen, encoder: Encoder) -> None:
         with contextlib.suppress(OSError):  # that it has died is told when it gets a piece
-            channel.send(encoder)
+            channel.send((encoder.tokenizer.__reduce__()[1], encoder.text_field, encoder.errors))
         self._idle.put((channel, process))
 
     def _run(self, piece: Piece) -> Encoded:
         channel, process = self._idle.get()
         try:
             lengths = [len(item) for item in piece.data]
-            channel.send((dataclasses.replace(piece, data=[]), lengths), b"".join(piece.data))
-            result, ids = channel.receive()
+            fields = {**vars(piece), "position": None}  # which is the caller's
+            del fields["data"]
+            channel.send((fields, lengths), b"".join(piece.data))
+            reply, ids = channel.receive()
         except (EOFError, OSError):
             raise self._died(process) from None
         finally:
             self._idle.put((channel, process))
-        if isinstance(result, BaseException):
-            raise result
-        result.ids = ids
-        return result
+        if "input" in reply:
+            raise InputError(reply["input"])
+        if "failed" in reply:
+            raise RuntimeError(f"a worker failed:\n{reply['failed']}")
+        return Encoded(**{**reply, "ids": ids})
 
     @staticmethod
     def _died(process: subprocess.Popen) -> UserError:

@@ -1,44 +1,44 @@
 """The life of a process that encodes: started by a WorkerPool, it reads pieces from its channel until that closes.
 
 It imports neither torch nor numpy nor the caller's main module: it is at work within a tenth of a second, and
-`prepare` may be called from a script without a `__main__` guard or from a notebook. A second of prepare is what all
-cores do in it, so what is not imported here (multiprocessing, gzip, Python's `site`) is text encoded.
+`prepare` may be called from a script without a `__main__` guard or from a notebook. What every worker imports is time
+in which nothing is encoded, so neither multiprocessing nor gzip is among it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import pickle
+import marshal
 import signal
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import write_all
+from ..tokenizer import Tokenizer
+from .documents import InputError, Piece
+from .encode import Encoder
 
-if TYPE_CHECKING:
-    from .encode import Encoder
-
-
-_SIZES = struct.Struct("QQ")  # of a pickled message and of the bytes beside it
+_SIZES = struct.Struct("QQ")  # of a message and of the bytes beside it
 
 
 class Channel:
-    """Messages over a socket, each with bytes beside it that are not copied more than the system must."""
+    """Messages of plain Python values over a socket, each with bytes beside it that are not copied more than the system
+    must."""
 
     def __init__(self, handle: int):
         self._file = open(handle, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
 
     def send(self, message: Any, data: bytes = b"") -> None:
         """Raises OSError where the other end is gone."""
-        pickled = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        write_all(self._file, _SIZES.pack(len(pickled), len(data)) + pickled)
+        packed = marshal.dumps(message)
+        write_all(self._file, _SIZES.pack(len(packed), len(data)) + packed)
         write_all(self._file, data)
 
     def receive(self) -> tuple[Any, bytearray]:
         """The message and the bytes beside it. Raises EOFError or OSError where the other end is gone."""
-        pickled, data = _SIZES.unpack(self._read(_SIZES.size))
-        return pickle.loads(self._read(pickled)), self._read(data)
+        packed, data = _SIZES.unpack(self._read(_SIZES.size))
+        return marshal.loads(self._read(packed)), self._read(data)
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -55,19 +55,25 @@ class Channel:
 
 
 def serve(handle: int) -> None:
-    """Take an Encoder, then pieces, and send each back encoded, or the exception it raised."""
+    """Take an Encoder's parts, then those of pieces, and send back what each became: the fields of an Encoded, or what
+    is wrong with the `input`, or how it `failed`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends the workers
     channel = Channel(handle)
     with contextlib.suppress(EOFError, OSError):
-        encoder: Encoder = channel.receive()[0]
+        (tokenizer, text_field, errors), _ = channel.receive()
+        encoder = Encoder(Tokenizer(*tokenizer), text_field, errors)
         while True:
-            (piece, lengths), received = channel.receive()
+            (fields, lengths), received = channel.receive()
             ends, view = itertools.accumulate(lengths), memoryview(received)
-            piece.data = [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+            data = [bytes(view[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
             try:
-                result = encoder.encode(piece)
-            except Exception as error:  # raised again in the caller
-                channel.send(error)
-                continue
-            ids, result.ids = result.ids, b""
-            channel.send(result, ids)
+                result = encoder.encode(Piece(**fields, data=data))
+            except InputError as error:
+                channel.send({"input": str(error)})
+            except Exception:
+                import traceback
+
+                channel.send({"failed": traceback.format_exc()})
+            else:
+                ids, result.ids = result.ids, b""
+                channel.send(vars(result), ids)
