@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from fastgpt.data import Dataset, adopt_shards, documents, preparation, prepare, shards, verify
 from fastgpt.data.encode import Encoder
+from fastgpt.data.plan import plan
 from fastgpt.data.pool import WorkerPool
 from fastgpt.data.shards import UINT16
 from fastgpt.errors import UserError
@@ -147,6 +148,8 @@ def test_a_bad_line_is_told_by_its_number_in_the_file(tmp_path, small_pieces, mo
     for workers in (1, 2):
         with pytest.raises(UserError, match=f"b{ending}, line {number}: no text in the field"):
             prepare(config(tmp_path, workers=workers, **options), progress=False)
+    with pytest.raises(UserError, match=f"b{ending}, line {number}: no text in the field"):
+        plan(config(tmp_path, **options))
     assert not (tmp_path / "data").exists()
 
 
