@@ -94,7 +94,7 @@ def test_invalid_text_is_replaced_and_counted_when_asked_for(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("bad.txt").write_bytes(b"one\xff\xfetwo " * 30)
     assert cli.main(["prepare", "bad.txt", "--errors", "replace", "--vocab_size", "257", "--workers", "1"]) == 0
-    assert "; 60 invalid UTF-8 sequences replaced\n" in capsys.readouterr().err
+    assert "; 60 invalid UTF-8 sequences replaced, in bad.txt\n" in capsys.readouterr().err
 
 
 # ---- what training finds ---------------------------------------------------------------------
