@@ -270,6 +270,12 @@ def counters() -> list[dict[str, Any]]:
     return _emulated_library().json("fastgpt_emulator_counters")
 
 
+def launches() -> list[dict[str, Any]]:
+    """Launches by kernel and shape (threads of a block, dynamic shared memory): how many, and how many blocks in all;
+    `emulated(profile=True)` counts them."""
+    return _emulated_library().json("fastgpt_emulator_launches")
+
+
 def sites(*, met_inside: bool = False) -> list[Site]:
     """Every synchronisation and bounds check that kernels have met so far.
 
