@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "config", "files", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
     {"ops", "tokenizer"},
-    {"model", "optim", "data"},
+    {"model", "optim", "data", "accuracy"},
     {"checkpoint", "generate", "evaluate", "precision"},
     {"metrics", "resume"},
     {"train"},
