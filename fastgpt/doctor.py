@@ -129,9 +129,12 @@ def _toolchain(gpu: bool, problems: list[Problem]) -> dict[str, Any]:
             return find()
         except (toolchain.Missing, UserError) as error:
             found["missing"][name] = str(error)
-            what, _, remedy = str(error).rpartition("; " if "; " in str(error) else ": ")
-            if isinstance(error, UserError) or (gpu and name == "nvcc"):
+            if isinstance(error, UserError):
+                what, _, remedy = str(error).rpartition("; ")
                 problems.append(Problem(f"no kernels can be built: {what}", remedy))
+            elif gpu and name == "nvcc":
+                what = str(error).removesuffix(f": {toolchain.NVCC_REMEDY}")
+                problems.append(Problem(f"no kernels can be built for the GPU: {what}", toolchain.NVCC_REMEDY))
         return None
 
     try:

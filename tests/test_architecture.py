@@ -26,7 +26,7 @@ LAYERS = [
     {"checkpoint", "generate", "evaluate", "precision"},
     {"metrics", "resume"},
     {"train"},
-    {"progress", "estimate", "plot", "doctor"},
+    {"progress", "estimate", "memory", "plot", "doctor"},
     {"demo"},
     {"cli"},
     {"__main__"},
