@@ -217,7 +217,9 @@ def train(argv: list[str], prog: str) -> int:
         return _print(config.to_toml())
     if options.dry_run:
         return _train_dry_run(config, options)
-    with _output_may_fail():
+    from .memory import out_of_memory_explained
+
+    with _output_may_fail(), out_of_memory_explained(config):
         from .machine import OtherLoad
 
         others = OtherLoad()

@@ -147,13 +147,16 @@ def environment_script():
 def test_make_test_takes_the_headers_from_the_package_index_where_no_toolkit_is(nowhere, tmp_path, monkeypatch):
     environment = environment_script()
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert environment.cuda_headers() == [environment.CUDA_HEADERS]
+    assert environment.cuda_tools() == [environment.CUDA_HEADERS]
     assert environment.CUDA_HEADERS in toolchain.HEADERS_REMEDY
     toolkit(tmp_path)
-    assert environment.cuda_headers() == []
+    assert environment.cuda_tools() == environment.DISASSEMBLER
+    for tool in ("cuobjdump", "nvdisasm"):
+        (tmp_path / "bin" / tool).touch()
+    assert environment.cuda_tools() == []
     (tmp_path / "bin/nvcc").unlink()
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert environment.cuda_headers() == []
+    assert environment.cuda_tools() == []
 
 
 # ---- the compiler, torch, ninja ------------------------------------------------------------------------------

@@ -11,9 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fastgpt import cli, doctor, machine, units
+from fastgpt import accuracy, cli, doctor, machine, native, units
+from fastgpt.native import loading, toolchain
+from tests.native_cases import good_info, toy_library
 
+REAL = {name: getattr(doctor, name) for name in ("_libraries", "_toolchain", "_try_op")}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,20 +41,42 @@ def healthy(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: (16 << 30, 8 << 30))
     monkeypatch.setattr(machine, "disk_free", lambda path=".": 100 << 30)
     monkeypatch.setattr(machine, "nvidia_driver", lambda: None)
+    for name in ("CUDA_HOME", "CUDA_PATH", "FASTGPT_NVCC", "FASTGPT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "_libraries", lambda *_: [])
+    monkeypatch.setattr(doctor, "_toolchain", lambda *_: {"missing": {}})
+    monkeypatch.setattr(doctor, "_try_op", lambda *_: None)
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """The parts that take long, as they are."""
+    for name, function in REAL.items():
+        monkeypatch.setattr(doctor, name, function)
 
 
 # ---- what it says ----------------------------------------------------------------------------------
 
 
-def test_a_healthy_machine(capsys):
+def test_a_healthy_machine(real, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("No problems found.\n")
-    import torch
-
     for words in (torch.__version__, "threads", "8.0 GiB free of 16.0 GiB", "Python    3."):
         assert words in out, words
     assert max(map(len, out.splitlines())) < 200
+    facts = doctor.examine()
+    assert all(row["state"] in ("loaded", "not built") for row in facts["libraries"])
+    for row in facts["ops"]:
+        assert row["errors"].keys() == {"bfloat16", "float32"} and json.dumps(row)
+        line = next(line for line in reversed(out.splitlines()) if line.split()[:1] == [row["op"]])
+        assert (
+            f"{row['errors']['bfloat16']['ours']:.1e}" in line and f"{row['errors']['float32']['torchs']:.1e}" in line
+        )
+    for library in facts["libraries"]:
+        row = next(line for line in out.splitlines() if line.split()[:1] == [library["library"]])
+        if library["state"] == "loaded" and library["library"] == "_ops.so":
+            assert ", ".join(library["built"]["archs"]) in row and library["built"]["archs_from"] in row
 
 
 def test_every_op_is_listed_with_its_reason(capsys):
@@ -105,8 +131,6 @@ def test_torch_broken(monkeypatch):
 
 
 def test_torch_too_old(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch, "__version__", "2.3.1+cpu")
     found = only(problems(), "torch 2.3.1+cpu is too old")
     assert found["fatal"] and "torch>=2.11" in found["remedy"]
@@ -127,8 +151,6 @@ def test_an_optional_package_missing_is_no_problem(monkeypatch, capsys):
 
 
 def test_a_gpu_that_this_torch_cannot_use(monkeypatch):
-    import torch
-
     monkeypatch.setattr(machine, "nvidia_driver", lambda: "550.54.14")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -140,8 +162,6 @@ def test_a_gpu_that_this_torch_cannot_use(monkeypatch):
 
 
 def test_gpus_are_named(monkeypatch):
-    import torch
-
     card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -152,16 +172,12 @@ def test_gpus_are_named(monkeypatch):
 
 
 def test_too_many_threads_for_the_container(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(machine, "cpu_quota", lambda: 2.0)
     assert only(problems(), "8 threads, but the container grants 2 cores")["remedy"] == "export OMP_NUM_THREADS=2"
 
 
 def test_idle_cores(monkeypatch):
-    import torch
-
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(machine, "cores", lambda: 8)
@@ -206,6 +222,219 @@ def test_it_runs_where_torch_cannot_be_imported(tmp_path):
     )
     assert done.returncode == 1 and done.stderr == ""
     assert "does not load: libcudart.so.12: cannot open shared object" in done.stdout
+
+
+# ---- compiled libraries -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the libraries are looked for, in an installed package."""
+    place = tmp_path / "package/fastgpt/native"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(loading, "FOLDER", place)
+    monkeypatch.setattr(loading, "_libraries", {})
+    monkeypatch.setattr(native, "_cuda_ops", None)
+    monkeypatch.setattr(native, "_devices_checked", False)
+    monkeypatch.setattr(doctor, "_libraries", REAL["_libraries"])
+    return place
+
+
+def gpu(monkeypatch, capability: tuple[int, int]) -> None:
+    card = SimpleNamespace(name="NVIDIA X", major=capability[0], minor=capability[1], total_memory=8 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("info", "code", "after", "said"),
+    [
+        (good_info(), "", cut_off, "_ops.so is truncated: it should have"),
+        (good_info(), "", lambda path: path.write_bytes(b"<html>"), "_ops.so is not a shared library"),
+        (good_info(schema_digest="0123"), "", None, "_ops.so is stale: it was built for other schemas (0123)"),
+        (good_info(version=7), "", None, "_ops.so has build info of version 7"),
+        (good_info(kind="emulated"), "", None, "_ops.so holds the emulated kernels, expected the cuda ones"),
+        (good_info(torch_target="9.1"), "", None, "_ops.so needs torch 9.1 or newer, and this is torch"),
+        (good_info(), "void absent(); void (*use)() = absent;", None, "_ops.so does not load: "),
+        (None, "", None, "_ops.so is no library of fastgpt"),
+    ],
+)
+def test_a_library_that_does_not_fit(info, code, after, said, folder, capsys):
+    path = toy_library(folder / "_ops.so", info, code)
+    if after:
+        after(path)
+    found = only(problems(), said)
+    remedy = "upgrade torch" if "needs torch" in said else "install fastgpt again from its source"
+    assert found["remedy"] == remedy and not found["fatal"]
+    assert cli.main(["doctor"]) == 0  # the reference serves
+    out = capsys.readouterr().out
+    assert "_ops.so           refused" in out and f"mend: {remedy}" in out
+
+
+def test_no_library_is_a_problem_only_where_a_gpu_is(folder, monkeypatch):
+    assert not problems()
+    (folder / "_ops_build_info.json").write_text(json.dumps({"status": "missing", "reason": "no nvcc was found"}))
+    monkeypatch.setattr(loading, "_libraries", {})
+    gpu(monkeypatch, (9, 0))
+    found = only(problems(), "_ops.so is not built: no nvcc was found")
+    assert found["remedy"] == "then install fastgpt again from its source"
+
+
+def test_kernels_for_other_gpus(folder, monkeypatch):
+    toy_library(folder / "_ops.so", good_info())
+    gpu(monkeypatch, (7, 5))
+    found = only(problems(), "_ops.so is built for 8.0+PTX, 9.0a, and a GPU here has compute capability 7.5")
+    assert found["remedy"] == "install fastgpt again from its source"
+
+
+# ---- what they are built with --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_toolkit(tmp_path, monkeypatch):
+    """A machine with a g++ and no CUDA toolkit; the folder is its PATH."""
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/g++", "echo 13.2.0")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(toolchain, "USUAL_NVCC", tmp_path / "none")
+    monkeypatch.setattr(toolchain, "package_folders", lambda: [])
+    monkeypatch.setattr(doctor, "_toolchain", REAL["_toolchain"])
+    return tmp_path / "bin"
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_no_nvcc_is_a_problem_only_where_a_gpu_is(no_toolkit, monkeypatch):
+    facts = doctor.examine()
+    assert not facts["problems"] and "no nvcc was found" in facts["toolchain"]["missing"]["nvcc"]
+    assert facts["toolchain"]["compiler"] == f"13.2.0, {no_toolkit / 'g++'}"
+    gpu(monkeypatch, (9, 0))
+    found = only(problems(), "no kernels can be built for the GPU: no nvcc was found")
+    assert found["remedy"] == toolchain.NVCC_REMEDY
+
+
+def test_an_nvcc_that_is_too_old(no_toolkit, monkeypatch):
+    nvcc = program(
+        no_toolkit / "nvcc",
+        f"""case $1 in
+--version) echo "Cuda compilation tools, release 11.8, V11.8.89";;
+*) echo "#$ TOP={no_toolkit}" >&2;;
+esac""",
+    )
+    gpu(monkeypatch, (9, 0))
+    found = only(problems(), f"{nvcc}: nvcc 11.8 is too old, 12.0 is needed")
+    assert found["remedy"] == toolchain.NVCC_REMEDY
+    monkeypatch.setenv("FASTGPT_NVCC", str(nvcc))
+    found = only(problems(), f"FASTGPT_NVCC={nvcc} cannot be used: nvcc 11.8 is too old")
+    assert found["remedy"] == "unset it to search for one"
+
+
+def test_an_nvcc_that_hangs_is_not_waited_for(no_toolkit, monkeypatch):
+    program(no_toolkit / "nvcc", "exec /bin/sleep 60")
+    monkeypatch.setattr(doctor, "TOOL_PATIENCE", 0.2)
+    gpu(monkeypatch, (9, 0))
+    assert only(problems(), "it does not run as an nvcc")
+    assert toolchain.PATIENCE == 60
+
+
+def test_a_wish_for_architectures_that_cannot_be(no_toolkit, monkeypatch):
+    nvcc = toolchain.Nvcc(Path("nvcc"), no_toolkit, (13, 0))
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(toolchain, "_output", lambda *_: "compute_75 compute_80 compute_90")
+    monkeypatch.setenv("FASTGPT_CUDA_ARCHS", "6.0")
+    found = only(problems(), "FASTGPT_CUDA_ARCHS asks for 6.0; nvcc 13.0 and the kernels reach from 7.5 to 9.0")
+    assert found["remedy"] == "name others, or unset it"
+
+
+def test_a_part_that_breaks_is_a_problem_and_the_rest_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_libraries", lambda *_: 1 / 0)
+    monkeypatch.setattr(doctor, "_toolchain", lambda *_: {}["x"])
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "problem: the compiled libraries cannot be looked at: division by zero" in out
+    assert "problem: the compilers cannot be looked at: 'x'" in out and "Which implementation each op uses" in out
+
+
+# ---- the ops ----------------------------------------------------------------------------------------------------
+
+
+def test_every_op_has_a_trial():
+    assert tuple(accuracy.TRIALS) == native.OPS
+
+
+@pytest.fixture
+def one_op(monkeypatch):
+    """The doctor tries gelu alone; the row that it will say, and no emulator."""
+    row = {"op": "gelu", "implementation": "reference", "reason": "a test"}
+    monkeypatch.setattr(native, "status", lambda: [row])
+    monkeypatch.setattr(loading, "_libraries", {kind: loading.Refused("none") for kind in loading.FILES})
+    monkeypatch.setattr(doctor, "_try_op", REAL["_try_op"])
+    return row
+
+
+def trial(monkeypatch, ours) -> None:
+    before = accuracy.TRIALS["gelu"]
+    monkeypatch.setitem(accuracy.TRIALS, "gelu", accuracy.Trial(before.inputs, ours, before.torchs))
+
+
+def test_an_op_that_is_wrong(one_op, monkeypatch):
+    assert not problems()
+    trial(monkeypatch, lambda x: 1.1 * torch.nn.functional.gelu(x))
+    found = problems()
+    for dtype in ("bfloat16", "float32"):
+        assert "make kernels" in only(found, f"gelu in {dtype} is off by 1.0e-01, torch's own by")["remedy"]
+    trial(monkeypatch, lambda x: x * float("nan"))
+    assert only(problems(), "gelu in float32 is off by inf")
+
+
+def test_an_op_that_breaks(one_op, monkeypatch):
+    def broken(x):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    trial(monkeypatch, broken)
+    assert only(problems(), "gelu does not run here: CUDA error: an illegal memory access")["remedy"] == doctor.REBUILD
+
+
+@pytest.mark.parametrize("ours, slow", [(1.0, False), (1.05, False), (1.5, True)])
+def test_a_kernel_is_timed_beside_torch(ours, slow, one_op, monkeypatch, capsys):
+    """With the clock of a GPU that takes `ours` milliseconds where torch's function takes one."""
+    now = 0.0
+    real = accuracy.TRIALS["gelu"]
+
+    def taking(milliseconds):
+        def gelu(x):
+            nonlocal now
+            now += milliseconds / 1000
+            return real.torchs(x)
+
+        return gelu
+
+    monkeypatch.setitem(accuracy.TRIALS, "gelu", accuracy.Trial(real.inputs, taking(ours), taking(1.0)))
+    measure = accuracy.microseconds
+    monkeypatch.setattr(
+        accuracy, "microseconds", lambda op, device: measure(op, device, clock=lambda: now, times_larger=1)
+    )
+    said = {"path": "vector", "reason": "16-byte accesses", "entry": "gelu_forward"}
+    library = SimpleNamespace(ops=frozenset(), json=lambda function: said)
+    monkeypatch.setattr(loading, "_libraries", {"cuda": library, "emulated": loading.Refused("none")})
+    one_op["implementation"] = "CUDA kernels"
+    found = doctor.examine()
+    [row] = found["ops"]
+    assert row["microseconds"] == pytest.approx({"ours": 1000 * ours, "torchs": 1000})
+    assert [p["what"] for p in found["problems"]] == (["gelu takes 1500 us where torch's own takes 1000"] * slow)
+    text = doctor.report(found)
+    assert "a test; path vector (16-byte accesses)" in text
+    assert f"{1000 * ours:.1f}  1000.0" in text
 
 
 # ---- the machine --------------------------------------------------------------------------------------

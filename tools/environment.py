@@ -30,6 +30,10 @@ EXTRAS = {"demo": "plot", "test": "dev"}  # of pyproject.toml; dev includes plot
 BUILD_TOOLS = ["setuptools", "wheel", "ninja", "pybind11"]  # build-system.requires: the package is built in place
 OLDEST_PIP = (24, 1)  # the first that reports its progress in a form that can be read
 CUDA_HEADERS = "cuda-toolkit[cudart,cccl,crt]==13.0.*"  # 5 MB; of the CUDA that torch's own pin asks for
+DISASSEMBLER = [
+    "nvidia-cuda-cuobjdump>=13,<14",
+    "nvidia-cuda-nvdisasm>=13,<14",
+]  # of any CUDA
 TERMINAL = sys.stdout.isatty()
 
 
@@ -61,8 +65,9 @@ def nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU " in listed.stdout
 
 
-def cuda_headers() -> list[str]:
-    """What the emulator's library needs beside g++, from the package index where there is no CUDA toolkit."""
+def cuda_tools() -> list[str]:
+    """From the package index: what the emulator's library needs beside g++, where there is no CUDA toolkit; and where
+    there is one without a disassembler, that, for benchmarks/static.py."""
     sys.path.insert(0, str(ROOT))
     from fastgpt.errors import UserError
     from fastgpt.native import toolchain
@@ -77,6 +82,10 @@ def cuda_headers() -> list[str]:
         return [CUDA_HEADERS]
     except UserError as error:
         fail(str(error))
+    try:
+        toolchain.find_cuobjdump()
+    except toolchain.Missing:
+        return DISASSEMBLER
     return []
 
 
@@ -272,7 +281,7 @@ def main(level: str) -> None:
     constraints = ["-c", str(ROOT / "constraints.txt")]
     install([*constraints, *BUILD_TOOLS])
     package = ["--no-build-isolation", *constraints, "-e", f"{ROOT}[{EXTRAS[level]}]"]
-    package += cuda_headers() if level == "test" else []
+    package += cuda_tools() if level == "test" else []
     # With a GPU the exact version keeps pip from preferring a +cpu build, which counts as newer than the plain one.
     choices = [f"torch==={torch_pin()}", f"torch=={torch_pin()}"] if gpu else [f"torch=={torch_pin()}"]
     for torch in choices:

@@ -61,4 +61,5 @@ FASTGPT_EXPORT const char* fastgpt_emulator_findings() {
 }
 
 FASTGPT_EXPORT const char* fastgpt_emulator_counters() { return keep(emulator::take_counters_json()); }
+FASTGPT_EXPORT const char* fastgpt_emulator_launches() { return keep(emulator::take_launches_json()); }
 FASTGPT_EXPORT const char* fastgpt_emulator_sites() { return keep(emulator::sites_json()); }

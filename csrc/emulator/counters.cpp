@@ -26,6 +26,18 @@ struct Line {  // of one kernel
 };
 std::map<std::pair<const void*, const void*>, Line> lines;  // by kernel and return address
 
+struct Shape {
+  unsigned threads;  // of a block
+  size_t shared_bytes;
+  bool operator<(const Shape& other) const {
+    return std::tie(threads, shared_bytes) < std::tie(other.threads, other.shared_bytes);
+  }
+};
+struct Launches {
+  uint64_t count = 0, blocks = 0;
+};
+std::map<std::pair<const void*, Shape>, Launches> launches;  // by kernel and shape
+
 // What the lanes of one warp did at one place, one execution of it.
 struct Request {
   uint32_t lanes = 0;
@@ -136,6 +148,12 @@ void count_flops(uint64_t flops, Caller caller) {
   line.flops += flops;
 }
 
+void count_launch() {
+  Launches& same = launches[{machine.kernel, {machine.block.count(), machine.shared_bytes}}];
+  ++same.count;
+  same.blocks += machine.grid.count();
+}
+
 void finish_counting() {
   for (auto& warp : sites) {
     for (auto& [address, site] : warp)
@@ -181,6 +199,18 @@ std::string take_counters_json() {
     }
     out.add(entry);
   }
+  return out.text();
+}
+
+std::string take_launches_json() {
+  JsonArray out;
+  for (const auto& [key, same] : launches) {
+    JsonObject entry;
+    entry.add("kernel", function_name(key.first)).add("threads", uint64_t(key.second.threads));
+    entry.add("shared_bytes", uint64_t(key.second.shared_bytes)).add("launches", same.count).add("blocks", same.blocks);
+    out.add(entry);
+  }
+  launches.clear();
   return out.text();
 }
 

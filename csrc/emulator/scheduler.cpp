@@ -333,6 +333,7 @@ void run_grid(const void* kernel, Dim grid, Dim block, Dim cluster, size_t share
     prepare_cluster(n % clusters.x, n / clusters.x % clusters.y, n / clusters.x / clusters.y);
     run_cluster();
   }
+  if (machine.profiled()) count_launch();
   if (anything_found()) throw std::runtime_error(end_of_launch_report());
 }
 

@@ -135,16 +135,29 @@ def status() -> list[dict[str, str]]:
     return rows
 
 
-def libraries() -> list[dict[str, str]]:
-    """The compiled libraries: {"library", "state": "loaded" or "refused", "reason"}."""
+def libraries() -> list[dict[str, Any]]:
+    """The compiled libraries: {"library", "state": "loaded", "refused" or, without a file, "not built", "reason",
+    "remedy", "built": its build info (archs, archs_from, nvcc, compiler, torch_target), empty unless loaded}."""
     rows = []
     for kind, file in loading.FILES.items():
         library = loading.library(kind)
         if isinstance(library, loading.Refused):
-            rows.append({"library": file, "state": "refused", "reason": str(library)})
+            state = "refused" if (loading.FOLDER / file).exists() else "not built"
+            reason, _, remedy = str(library).rpartition("; ")
+            rows.append({"library": file, "state": state, "reason": reason, "remedy": remedy, "built": {}})
+            if not reason:  # "... is not built: REMEDY"
+                rows[-1]["reason"], _, rows[-1]["remedy"] = remedy.partition(": ")
         else:
             ops = ", ".join(sorted(library.ops)) or "none"
-            rows.append({"library": file, "state": "loaded", "reason": f"kernels of: {ops}"})
+            rows.append(
+                {
+                    "library": file,
+                    "state": "loaded",
+                    "reason": f"kernels of: {ops}",
+                    "remedy": "",
+                    "built": library.info,
+                }
+            )
     return rows
 
 
@@ -268,6 +281,12 @@ def findings() -> list[Finding]:
 def counters() -> list[dict[str, Any]]:
     """Bytes, sectors, bank conflicts and MMA FLOPs by kernel and source line; `emulated(profile=True)` counts them."""
     return _emulated_library().json("fastgpt_emulator_counters")
+
+
+def launches() -> list[dict[str, Any]]:
+    """Launches by kernel and shape (threads of a block, dynamic shared memory): how many, and how many blocks in all;
+    `emulated(profile=True)` counts them."""
+    return _emulated_library().json("fastgpt_emulator_launches")
 
 
 def sites(*, met_inside: bool = False) -> list[Site]:

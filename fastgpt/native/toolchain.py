@@ -7,6 +7,7 @@ words and cannot have is a UserError.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -30,9 +31,10 @@ OLDEST_ARCH = 75
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 JOB_BYTES = 1.5 * 2**30  # the most that one compiler may take
 MEMORY_SHARE = 0.7
-PATIENCE = 60  # seconds for a tool to say what it is
+PATIENCE = 60.0  # seconds for a tool to say what it is
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 NVCC_REMEDY = "install the CUDA toolkit or the `.[nvcc]` extra, or set CUDA_HOME, and then install fastgpt once more"
+DISASSEMBLER_REMEDY = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 HEADERS_REMEDY = "pip install 'cuda-toolkit[cudart,cccl,crt]==13.0.*', or install the CUDA toolkit"
 
 
@@ -228,6 +230,22 @@ def find_cuda_headers() -> Path:
                 if all((include / name).is_file() for name in ("cuda_runtime.h", "crt/host_defines.h")):
                     return include
     raise Missing(f"the CUDA headers were not found; {HEADERS_REMEDY}")
+
+
+def find_cuobjdump() -> Path:
+    """What shows machine code: nvcc's own, or that on the PATH or from the package index; nvdisasm lies beside it."""
+    places = [*map(Path, os.get_exec_path())]
+    with contextlib.suppress(Missing):  # what another machine has compiled can be read all the same
+        places.append(find_nvcc().root / "bin")
+    for folder in package_folders():
+        places += [
+            *(folder / "nvidia" / cuda / "bin" for cuda in _CUDA_PACKAGES),
+            folder / "triton/backends/nvidia/bin",
+        ]
+    for place in places:
+        if all((place / tool).is_file() for tool in ("cuobjdump", "nvdisasm")):
+            return place / "cuobjdump"
+    raise Missing(f"there is no cuobjdump; {DISASSEMBLER_REMEDY}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_matrix_flops(emulator: Emulator) -> None:
 def test_bytes_of_tma(emulator: Emulator) -> None:
     loads = counted(emulator, "wgmma_k_k", space="global", access="load")
     assert sum(entry["bytes"] for entry in loads) == 2 * 64 * 64 * 2
+
+
+def test_launches_by_kernel_and_shape(emulator: Emulator) -> None:
+    counted(emulator, "counted_columns")
+    emulator.text("fastgpt_emulator_launches")
+    for _ in range(2):
+        counted(emulator, "counted_columns")
+    [launch] = json.loads(emulator.text("fastgpt_emulator_launches"))
+    assert launch == {"kernel": "columns", "threads": 32, "shared_bytes": 4096, "launches": 2, "blocks": 2}
+    assert json.loads(emulator.text("fastgpt_emulator_launches")) == []
 
 
 def test_counters_are_emptied_and_off_by_default(emulator: Emulator) -> None:

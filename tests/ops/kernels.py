@@ -6,11 +6,9 @@ A test module with a fixture `device` made of `WHERE` and `at` runs all its test
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import native
-from fastgpt.native import loading, toolchain
+from fastgpt.native import loading
 from tests.native_cases import built
 from tests.rule import DEVICES
 
@@ -119,61 +117,3 @@ def instantiations(pattern: str) -> set[str]:
         ["nm", "-C", "--defined-only", built(EMULATED)], capture_output=True, text=True, check=True
     )
     return set(re.findall(rf"({pattern}<.*>)\(fastgpt::\w+\)$", symbols.stdout, re.M))
-
-
-# 128-bit accesses are asked for by PTX, and seen in machine code (SASS), where a compiler may have thought otherwise.
-LISTINGS = {
-    "ptx": (
-        r"\.entry (\S+)\(",
-        r"ld\.global\S*\.(?:v4|v2\.f64)",
-        r"st\.global\S*\.(?:v4|v2\.f64)",
-        r"(?:ld|st)\.local",
-    ),
-    "sass": (r"Function : (\S+)", r"LDG\S*\.128", r"STG\S*\.128", r"(?:LDL|STL)"),
-}
-
-
-def listing(language: str, folder: str) -> list[tuple[str, str]]:
-    """(mangled name, code) of every kernel of csrc/folder, in machine code for every architecture of the library."""
-    text = _cuobjdump("-sass") if language == "sass" else _ptx(folder)
-    parts = re.split(LISTINGS[language][0], text)[1:]
-    return [(name, code) for name, code in zip(parts[::2], parts[1::2], strict=True) if f"{folder}_" in name]
-
-
-def assert_in_registers(language: str, name: str, code: str) -> None:
-    assert not re.search(rf"\b{LISTINGS[language][3]}", code), f"{name} keeps something in local memory"
-
-
-def assert_128_bits(language: str, name: str, code: str) -> None:
-    for access, pattern in zip(("load", "store"), LISTINGS[language][1:3], strict=True):
-        assert re.search(rf"\b{pattern}", code), f"{name} has no 128-bit {access}"
-
-
-def registers(pattern: str) -> dict[tuple[str, int], int]:
-    """How many registers a thread of each such kernel has, by its name and a running number, for the architectures."""
-    found = re.findall(r"Function (\S+):\s+REG:(\d+)", _cuobjdump("-res-usage"))
-    return {(name, i): int(used) for i, (name, used) in enumerate(found) if re.search(pattern, name)}
-
-
-@cache
-def _ptx(folder: str) -> str:
-    try:
-        nvcc = toolchain.find_nvcc()
-    except toolchain.Missing as missing:
-        pytest.skip(str(missing))
-    source = CSRC / folder / f"{folder}.cu"
-    command = [nvcc.path, "-O3", "-std=c++17", "-arch=compute_80", "-ptx", "-I", CSRC, source, "-o", "-"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@cache
-def _cuobjdump(option: str) -> str:
-    library = built("cuda")
-    places = [*map(Path, os.get_exec_path()), toolchain.find_nvcc().root / "bin", *toolchain.package_folders()]
-    tools = [folder for place in places for folder in (place, place / "nvidia/cu13/bin")]
-    folder = next((folder for folder in tools if (folder / "cuobjdump").is_file()), None)
-    if folder is None:
-        pytest.skip("there is no cuobjdump; `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` brings one")
-    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [folder / "cuobjdump", option, library]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout

@@ -1,4 +1,5 @@
-"""The kernels behind layer_norm and rms_norm: which serve a call, that they are the same every time, what they move.
+"""The kernels behind layer_norm and rms_norm: which serve a call, that they are the same every time, how many there
+are.
 
 That they are right is shown by test_layer_norm.py and test_rms_norm.py, all of whose tests run on them too.
 """
@@ -6,7 +7,6 @@ That they are right is shown by test_layer_norm.py and test_rms_norm.py, all of 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -382,44 +382,7 @@ def losses(form: dict[str, Any], dtype: torch.dtype, only: tuple[str, ...]) -> T
     return torch.stack(curve)
 
 
-# ---- what is moved, and how --------------------------------------------------------------------------------
-
-# Rows enough that weights and partial sums, which are read and written once for each block, are few among them.
-MOVED = [(3000, 768, BF16, BF16), (3000, 384, F32, F32), (1000, 2048, BF16, F32), (1000, 4096, BF16, BF16)]
-
-
-@BOTH
-@pytest.mark.parametrize(("rows", "C", "dtype", "weight_dtype"), MOVED)
-def test_bytes_and_sectors(op: str, rows: int, C: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    """Each tensor once, and hardly more; by whole sectors of 32 bytes; without bank conflicts."""
-    x, weight, residual = inputs(1, C, dtype=dtype)
-    x, residual = (torch.empty(rows, C, dtype=dtype).copy_(a) for a in (x, residual))
-    weight = weight.to(weight_dtype)
-    entries = torch.ops.fastgpt_emulated
-    rows_bytes, statistics = x.nbytes, rows * (8 if op == LN else 4)
-    parameters = weight.nbytes * (2 if op == LN else 1)
-
-    with kernels.counted() as forward:
-        if op == LN:
-            _, r, mean, rstd = entries.layer_norm_forward(x, residual, weight, weight, 1e-5)
-        else:
-            _, r, rstd = entries.rms_norm_forward(x, residual, weight, 1e-5)
-    with kernels.counted() as backward:
-        if op == LN:
-            entries.layer_norm_backward(x, residual, r, weight, weight, mean, rstd, True, True, True)
-        else:
-            entries.rms_norm_backward(x, residual, r, weight, rstd, True, True)
-
-    assert kernels.total(forward, "bytes") <= 1.03 * (4 * rows_bytes + statistics + parameters)
-    assert kernels.total(backward, "bytes") <= 1.10 * (4 * rows_bytes + statistics + weight.nbytes + parameters)
-    for counts in (forward, backward):
-        assert all("generic" not in name for name in counts)
-        assert kernels.total(counts, "conflicts") == 0
-        if (
-            weight_dtype == dtype
-        ):  # else a block takes two halves of a sector, one after the other, once for each weight
-            assert kernels.total(counts, "sectors") == kernels.total(counts, "ideal_sectors")
-
+# ---- how many ------------------------------------------------------------------------------------------------
 
 VECTOR_KERNELS = 2 * 3 * 3  # forward and backward, three dtypes, three tiles
 GENERIC_KERNELS = 2 * 2 * 2 + 2  # forward and backward, two types to compute in, two widths; and the partial sums
@@ -430,13 +393,3 @@ def test_instantiations_are_few() -> None:
     """Each one costs everybody's build time, for every architecture."""
     found = kernels.instantiations(r"norm_\w+_kernel")
     assert len(found) == VECTOR_KERNELS + GENERIC_KERNELS + SUMS, sorted(found)
-
-
-@pytest.mark.parametrize("language", kernels.LISTINGS)
-def test_machine_code_has_128_bit_accesses_and_keeps_all_in_registers(language: str) -> None:
-    found = kernels.listing(language, "norm")
-    assert found and len(found) % (VECTOR_KERNELS + GENERIC_KERNELS + SUMS) == 0
-    for name, code in found:
-        kernels.assert_in_registers(language, name, code)
-        if re.search(r"norm_(forward|backward)_kernel", name):
-            kernels.assert_128_bits(language, name, code)
