@@ -27,7 +27,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "emulator": (80, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
     "native": (40, ("test_native", "test_build")),
-    "steps": (75, ("test_kernel_steps",)),
+    "steps": (50, ("test_kernel_steps",)),
     "model": (10, ("test_model", "test_generate", "test_optim")),
     "train": (55, ("test_train", "test_checkpoint")),
     "chaos": (60, ("test_chaos",)),

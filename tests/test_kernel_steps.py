@@ -98,7 +98,7 @@ def test_a_reference_in_the_place_of_a_kernel_is_found(outcomes: dict[str, Any])
 TRAINED = 20
 STYLES = {
     "gpt2": dict(norm="layernorm", activation="gelu", positions="learned"),
-    "llama": dict(norm="rmsnorm", activation="swiglu", positions="rope", n_kv_head=2, linear_bias=False),
+    "llama": dict(norm="rmsnorm", activation="swiglu", positions="rope", n_kv_head=1, linear_bias=False),
 }
 
 
@@ -113,7 +113,7 @@ def test_twenty_steps_of_the_trainer(style: str, precision: str, tmp_path: Path)
     with kernels.Spy() as spy:
         found = losses(tmp_path, style, precision, library.ops)
     op = {"gpt2": "layer_norm", "llama": "rms_norm"}[style]
-    assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == TRAINED * 2 * 5
+    assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == TRAINED * 2 * 3
     assert exact[-1] < exact[0] - 0.5, "it learns"
     largest = {name: (run - exact).abs().max().item() for name, run in (("ours", found), ("torch", reference))}
     assert largest["ours"] <= 2 * largest["torch"], largest
@@ -121,17 +121,17 @@ def test_twenty_steps_of_the_trainer(style: str, precision: str, tmp_path: Path)
 
 def losses(folder: Path, style: str, precision: str, emulated: Any) -> torch.Tensor:
     """(TRAINED,) float64: the losses of the Trainer's steps, with the kernels of these ops emulated."""
-    shape = dict(vocab_size=VOCAB, block_size=32, n_layer=2, n_head=4, n_embd=48)
+    shape = dict(vocab_size=VOCAB, block_size=16, n_layer=1, n_head=2, n_embd=32)
     config = TrainConfig(
         model=ModelConfig(**shape, **STYLES[style]),
         data=DataConfig(path=str(folder / "data")),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every=0),
         out_dir=str(folder / "run"),
         steps=TRAINED,
         micro_batch_size=2,
-        batch_tokens=2 * 2 * 32,
+        batch_tokens=2 * 2 * 16,
         precision="float32" if precision == "float64" else precision,
         device="cpu",
     )
