@@ -26,7 +26,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "ops": (60, ("ops/", "test_rule")),
     "emulator": (80, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
-    "native": (40, ("test_native", "test_build")),
+    "native": (48, ("test_native", "test_build", "test_module")),
     "steps": (50, ("test_kernel_steps",)),
     "model": (10, ("test_model", "test_generate", "test_optim")),
     "train": (55, ("test_train", "test_checkpoint")),

@@ -136,7 +136,7 @@ def status() -> list[dict[str, str]]:
 
 
 def libraries() -> list[dict[str, str]]:
-    """The compiled libraries: {"library", "state": "loaded" or "refused", "reason"}."""
+    """The compiled libraries, and `fastgpt._C`: {"library", "state": "loaded" or "refused", "reason"}."""
     rows = []
     for kind, file in loading.FILES.items():
         library = loading.library(kind)
@@ -145,6 +145,12 @@ def libraries() -> list[dict[str, str]]:
         else:
             ops = ", ".join(sorted(library.ops)) or "none"
             rows.append({"library": file, "state": "loaded", "reason": f"kernels of: {ops}"})
+    if (loading.MODULE_FOLDER / loading.MODULE).exists():
+        rows.append({"library": loading.MODULE, "state": "loaded", "reason": "fastgpt._C can be imported"})
+    else:
+        why = loading.build_result("python", loading.MODULE_FOLDER).get("reason")
+        reason = f"{loading.MODULE} is not built{f': {why}' if why else ''}; the kernels do without it"
+        rows.append({"library": loading.MODULE, "state": "refused", "reason": reason})
     return rows
 
 
