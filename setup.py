@@ -29,10 +29,22 @@ class BuildKernels(build_ext):
         except UserError as error:
             raise SystemExit(f"fastgpt: error: {error}") from None
         print(f"fastgpt: {build.describe(result)}")
+        if result["status"] == "built":
+            self.build_module()
+
+    def build_module(self) -> None:
+        """`fastgpt._C`, a view of the kernels that they do without: no reason for an install to fail."""
+        folder = self.folder.parent
+        try:
+            result = build.build("python", ROOT / "csrc", folder, ROOT / "build" / "native", verbose=self.verbose > 1)
+            print(f"fastgpt: {build.describe(result)}")
+        except UserError as error:
+            print(f"fastgpt: {loading.MODULE} is not built: {error}")
 
     def get_outputs(self) -> list[str]:
-        names = (loading.FILES["cuda"], loading.result_file("cuda"))
-        return [str(self.folder / name) for name in names if (self.folder / name).exists()]
+        made = [self.folder / name for name in (loading.FILES["cuda"], loading.result_file("cuda"))]
+        made += [self.folder.parent / name for name in (loading.MODULE, loading.result_file("python"))]
+        return [str(path) for path in made if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

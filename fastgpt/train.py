@@ -233,7 +233,7 @@ class Trainer:
         self.optimizer.step(clip=clip, skip=bad)
         self.optimizer.zero_grad()
 
-        loss_value, norm_value = float(loss), float(norm)
+        loss_value, norm_value = torch.stack([loss, norm]).tolist()  # the only wait for the device: all is queued
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.seconds += seconds

@@ -219,7 +219,13 @@ def test_preconditions_are_never_assert(path):
 # ---- csrc ----------------------------------------------------------------------------------------------
 
 CSRC = ROOT / "csrc"
-SHARED = {"device", "ptx", "host", "emulator"}  # every other folder is an op, or a family of ops with one stem
+SHARED = {
+    "device",
+    "ptx",
+    "host",
+    "emulator",
+    "python",
+}  # every other folder is an op, or a family of ops with one stem
 
 # op.cpp -> op.h <- op.cu -> device -> ptx: what a file may include of csrc, by folder or by name; <op> is its folder.
 INCLUDES = {
@@ -230,6 +236,7 @@ INCLUDES = {
     "device": {"device", "ptx", "emulator/cuda.h"},
     "ptx": {"ptx", "device/cuda.h", "emulator"},
     "emulator": {"emulator"},
+    "python": {"python"},  # sees the libraries through their C interface alone
 }
 TORCH = {"<op>/*.cpp", "host/tensor.h"}  # may include torch's headers
 CUDA = {"device/cuda.h", "emulator/*", "ptx/*_gpu.cuh"}  # may include CUDA's

@@ -466,12 +466,14 @@ def test_the_command_says_what_is_built_or_why_not(monkeypatch, capsys, tmp_path
     results = {
         "cuda": {"kind": "cuda", **done},
         "emulated": {"kind": "emulated", "status": "missing", "reason": "a reason"},
+        "python": {"kind": "python", "status": "built", "compiler": "g++ 12.2.0", "python": "3.11"},
     }
-    monkeypatch.setattr(build, "build", lambda kind, *_, verbose: results[kind])
+    monkeypatch.setattr(build, "build", lambda kind, *_, **options: results[kind])
     assert build.main([]) == 0
     assert capsys.readouterr().out == (
         "_ops.so is built, by nvcc 13.0 for 8.0, 9.0a, g++ 12.2.0, for torch 2.11 and newer\n"
         "_ops_emulated.so is not built: a reason\n"
+        f"{loading.MODULE} is built, by g++ 12.2.0, for Python 3.11\n"
     )
     assert build.main(["emulated"]) == 2
     assert capsys.readouterr().out == "_ops_emulated.so is not built: a reason\n"
@@ -658,7 +660,8 @@ def test_an_install_builds_the_kernels(editable, isolated, checkout, tmp_path):
     ignored = subprocess.run(
         ["git", "status", "--porcelain", "--ignored"], cwd=checkout, capture_output=True, text=True
     ).stdout.split("!! ")[1:]
-    allowed = {"build/", "fastgpt.egg-info/", "fastgpt/native/_ops.so", "fastgpt/native/_ops_build_info.json"}
+    allowed = {"build/", "fastgpt.egg-info/", "fastgpt/native/_ops.so", "fastgpt/native/_ops_build_info.json",
+               "fastgpt/_C_build_info.json"}  # fmt: skip
     assert {name.strip() for name in ignored if "__pycache__" not in name} <= allowed
     if editable:
         before = {path: path.stat().st_mtime_ns for path in (checkout / "build/native").rglob("*.o")}

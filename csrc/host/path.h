@@ -7,7 +7,8 @@
 
 namespace fastgpt {
 
-// The strings are literals. Of this thread's calls the last one is remembered; fastgpt_last_path() tells it.
+// The strings are literals. Of this thread's calls the last one is remembered, for fastgpt_last_path(); and every one
+// that only asks, for fastgpt_asked().
 void remember_path(const char* entry, const char* path, const char* reason);
 
 // Whether rows can be read and written 16 bytes at a time. Keeps the first reason why not.

@@ -136,28 +136,35 @@ def status() -> list[dict[str, str]]:
 
 
 def libraries() -> list[dict[str, Any]]:
-    """The compiled libraries: {"library", "state": "loaded", "refused" or, without a file, "not built", "reason",
-    "remedy", "built": its build info (archs, archs_from, nvcc, compiler, torch_target), empty unless loaded}."""
-    rows = []
+    """The compiled libraries, and `fastgpt._C`: {"library", "state": "loaded", "refused" or, without a file, "not built",
+    "reason", "remedy", "built": its build info (archs, archs_from, nvcc, compiler, torch_target), empty unless loaded}.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def say(file: str, state: str, reason: str, remedy: str = "", built: dict[str, Any] | None = None) -> None:
+        rows.append({"library": file, "state": state, "reason": reason, "remedy": remedy, "built": built or {}})
+
     for kind, file in loading.FILES.items():
         library = loading.library(kind)
         if isinstance(library, loading.Refused):
-            state = "refused" if (loading.FOLDER / file).exists() else "not built"
             reason, _, remedy = str(library).rpartition("; ")
-            rows.append({"library": file, "state": state, "reason": reason, "remedy": remedy, "built": {}})
             if not reason:  # "... is not built: REMEDY"
-                rows[-1]["reason"], _, rows[-1]["remedy"] = remedy.partition(": ")
+                reason, _, remedy = remedy.partition(": ")
+            say(file, "refused" if (loading.FOLDER / file).exists() else "not built", reason, remedy)
         else:
             ops = ", ".join(sorted(library.ops)) or "none"
-            rows.append(
-                {
-                    "library": file,
-                    "state": "loaded",
-                    "reason": f"kernels of: {ops}",
-                    "remedy": "",
-                    "built": library.info,
-                }
-            )
+            say(file, "loaded", f"kernels of: {ops}", built=library.info)
+    if (loading.MODULE_FOLDER / loading.MODULE).exists():
+        say(loading.MODULE, "loaded", "fastgpt._C can be imported")
+    else:
+        why = loading.build_result("python", loading.MODULE_FOLDER).get("reason")
+        why = f"{why}; " if why else ""
+        say(
+            loading.MODULE,
+            "not built",
+            f"{loading.MODULE} is not built; {why}the kernels do without it",
+            loading.remedy(),
+        )
     return rows
 
 

@@ -5,6 +5,7 @@ Two libraries come from one set of sources, `csrc/<op>/*.cu` and `*.cpp`, which 
     _ops.so            .cu by nvcc, .cpp by g++
     _ops_emulated.so   .cu by g++, as C++ with hooks at every memory access, .cpp by g++; and csrc/emulator
 
+and for this Python alone `fastgpt._C`, a typed view of both, from csrc/python.
 ninja does what is left to do, so one file touched costs one compilation. Beside each library is a JSON file that says
 what was built, or why not. Standard library and ninja only: torch's headers are found without importing torch.
 """
@@ -26,7 +27,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import toolchain
-from .loading import FILES, FOLDER, INFO_VERSION, build_result, result_file
+from .loading import FILES, FOLDER, INFO_VERSION, MODULE_FOLDER, build_result, file_of, result_file
 from .schemas import schema_digest
 from .toolchain import Missing, dotted
 
@@ -35,7 +36,7 @@ WORK = CSRC.parent / "build" / "native"
 TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the libraries keep to
 
 _COMMON = ["-fPIC", "-fvisibility=hidden", "-Wall"]
-_NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(_COMMON), "-Xptxas", "--warn-on-spills,-Werror"]
+_NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(_COMMON), "-Xptxas", "--warn-on-spills,-Werror,-v"]
 _TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
 _BINDING = ["-O3", "-std=c++20", _TARGET, *_COMMON]
 # Every access of a kernel to memory calls a function of csrc/emulator; debug information names its source line.
@@ -48,6 +49,8 @@ _EMULATED = ["-DFASTGPT_EMULATED", "-fno-gnu-unique"]  # unique symbols would be
 # libstdc++ first, for torch's libraries happen to export some of its symbols too. libtorch.so is needed for a weak
 # symbol alone, that of the current CUDA stream, which the linker does not count.
 _LIBRARIES = ["-lstdc++", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
+_MODULE = ["-O2", "-std=c++17", *_COMMON]
+_RESOURCES = [sys.executable, FOLDER / "resources.py"]
 _CUDA_LIBRARIES = ["-ldl", "-lrt", "-lpthread"]
 
 
@@ -58,10 +61,14 @@ def sources(csrc: Path, kind: str) -> list[tuple[str, str]]:
     """(rule, path from the parent of `csrc` on) of every file of a library."""
     found = []
     for path in sorted(csrc.glob("*/*")):
-        of_emulator = path.parent.name == "emulator"
+        of_emulator, of_module = path.parent.name == "emulator", path.parent.name == "python"
         if path.suffix not in (".cu", ".cpp") or (of_emulator and kind != "emulated"):
             continue
-        if path.suffix == ".cu":
+        if of_module != (kind == "python"):
+            continue
+        if of_module:
+            rule = "module"
+        elif path.suffix == ".cu":
             rule = "kernel" if kind == "emulated" else "nvcc"
         else:
             rule = "emulator" if of_emulator else "binding"
@@ -72,6 +79,8 @@ def sources(csrc: Path, kind: str) -> list[tuple[str, str]]:
 def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
     """The ninja file of a library, to be run in the parent of `csrc`, and its build info. Raises Missing."""
     toolchain.require_platform()
+    if kind == "python":
+        return _plan_module(csrc, work)
     emulated = kind == "emulated"
     gxx = toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR if emulated else toolchain.OLDEST_GXX)
     torch = toolchain.find_torch()
@@ -99,7 +108,18 @@ def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
         info |= {"nvcc": dotted(nvcc.version), "archs": [str(arch) for arch in archs], "archs_from": source}
         version = f"-DFASTGPT_NVCC={info['nvcc']}"
         code = [flag for arch in archs for flag in arch.flags()]
-        rules["nvcc"] = [nvcc.path, *_NVCC, *code, "-ccbin", gxx.path, f"-I{csrc.name}", version]
+        rules["nvcc"] = [
+            *_RESOURCES,
+            "compile",
+            "$out.kernels",
+            nvcc.path,
+            *_NVCC,
+            *code,
+            "-ccbin",
+            gxx.path,
+            f"-I{csrc.name}",
+            version,
+        ]
         libraries += [nvcc.runtime, *_CUDA_LIBRARIES]
     link = [
         gxx.path,
@@ -114,6 +134,20 @@ def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
     return _ninja_file(kind, sources(csrc, kind), rules, link, work), info
 
 
+def _plan_module(csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
+    files = sources(csrc, "python")
+    if not files:
+        raise Missing("its sources are not here")
+    gxx, python = toolchain.find_compiler(), toolchain.find_python_headers()
+    info = {"version": INFO_VERSION, "kind": "python", "compiler": f"g++ {dotted(gxx.version)}"}
+    info |= {"python": dotted(sys.version_info[:2]), "pybind11": python.pybind11_version}
+    command = [gxx.path, *_MODULE, f"-I{csrc.name}", f"-ffile-prefix-map={csrc.parent}=."]
+    command += ["-isystem", python.include, "-isystem", python.pybind11]
+    command += [f"-DFASTGPT_GXX={dotted(gxx.version)}", f"-DFASTGPT_PYBIND11={python.pybind11_version}"]
+    link = [gxx.path, "-shared", "$in", "-o", "$out", "-ldl"]
+    return _ninja_file("python", files, {"module": command}, link, work), info
+
+
 def _ninja_file(
     kind: str, files: list[tuple[str, str]], rules: dict[str, list[str | Path]], link: list[str | Path], work: Path
 ) -> str:
@@ -124,12 +158,22 @@ def _ninja_file(
             f"  command = {_shell([*command, '-MMD', '-MF', '$out.d', '-c', '$in', '-o', '$out'])}",
         ]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = $in"]
-    lines += ["rule link", f"  command = {_shell(link)}", f"  description = {FILES[kind]}"]
-    objects = []
+    lines += ["rule link", f"  command = {_shell(link)}", f"  description = {file_of(kind)}"]
+    objects, noted, kernels = [], [], work / "fastgpt_kernels.h"
     for rule, source in files:
         objects.append(work / f"{source}.o")
-        lines.append(f"build {_path(objects[-1])}: {rule} {_path(source)}")
-    lines.append(f"build {_path(work / FILES[kind])}: link {' '.join(map(_path, objects))}")
+        also = needs = ""
+        if rule == "nvcc":
+            noted.append(f"{objects[-1]}.kernels")
+            also = f" | {_path(noted[-1])}"
+        elif source.endswith("host/info.cpp") and kind == "cuda":
+            needs = f" | {_path(kernels)}"
+        lines.append(f"build {_path(objects[-1])}{also}: {rule} {_path(source)}{needs}")
+    if kind == "cuda":
+        join = _shell([*_RESOURCES, "join", "$out", "$in"])
+        lines += ["rule kernels", f"  command = {join}", "  restat = 1", "  description = registers and shared memory"]
+        lines.append(f"build {_path(kernels)}: kernels {' '.join(map(_path, noted))}")
+    lines.append(f"build {_path(work / file_of(kind))}: link {' '.join(map(_path, objects))}")
     return "\n".join([*lines, ""])
 
 
@@ -152,7 +196,8 @@ def _shell(command: list[str | Path]) -> str:
 def build(
     kind: str, csrc: Path = CSRC, out: Path = FOLDER, work: Path = WORK, *, verbose: bool = False
 ) -> dict[str, Any]:
-    """Build a library ("cuda" or "emulated") into `out`, with ninja in `work`; returns what it writes beside it.
+    """Build a library ("cuda" or "emulated") or the module ("python", into MODULE_FOLDER) into `out`, with ninja in
+    `work`; returns what it writes beside it.
 
     "status" is "built", or "missing" with a "reason" where something that it needs is not here: then a library that is
     there stays. Raises UserError where the sources do not compile or the environment asks for what cannot be.
@@ -169,10 +214,10 @@ def build(
             _write(work / "build.ninja", ninja_file)
             _write(work / "fastgpt_build_info.h", f'#define FASTGPT_BUILD_INFO R"json({json.dumps(info)})json"\n')
             _run_ninja(csrc.absolute().parent, work, result["jobs"], verbose)
-            if not _install(work / FILES[kind], out / FILES[kind]) and said.get("status") == "built":
+            if not _install(work / file_of(kind), out / file_of(kind)) and said.get("status") == "built":
                 return said
         except Missing as missing:
-            kept = "; the one built before stays" if (out / FILES[kind]).exists() else ""
+            kept = "; the one built before stays" if (out / file_of(kind)).exists() else ""
             result = {"status": "missing", "kind": kind, "reason": f"{missing}{kept}"}
         result["seconds"] = round(time.monotonic() - started, 1)
         _write(out / result_file(kind), json.dumps(result, indent=1) + "\n")
@@ -253,9 +298,11 @@ def _run_ninja(folder: Path, work: Path, jobs: int, verbose: bool) -> None:
 
 def describe(result: dict[str, Any]) -> str:
     """A result of `build` in one line."""
-    file = FILES[result["kind"]]
+    file = file_of(result["kind"])
     if result["status"] != "built":
         return f"{file} is not built: {result['reason']}"
+    if "python" in result:
+        return f"{file} is built, by {result['compiler']}, for Python {result['python']}"
     by = f"nvcc {result['nvcc']} for {', '.join(result['archs'])}, {result['compiler']}" if "nvcc" in result else ""
     return f"{file} is built, by {by or result['compiler']}, for torch {result['torch_target']} and newer"
 
@@ -263,18 +310,19 @@ def describe(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     """`python -m fastgpt.native.build`; returns 2 where nothing can be built."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.native.build", description="Builds the kernels in place.")
-    parser.add_argument("kinds", nargs="*", choices=[*FILES, []], help="which library; all that can be built")
+    parser.add_argument("kinds", nargs="*", choices=[*FILES, "python", []], help="which; all that can be built")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the commands")
     arguments = parser.parse_args(argv)
     try:
         if not CSRC.is_dir():
             raise UserError("the kernels' sources are not installed; build in a checkout of fastgpt, then install it")
         results = []
-        for kind in arguments.kinds or FILES:
+        for kind in arguments.kinds or [*FILES, "python"]:
             if kind == "cuda":
                 results.append(build_as_wished(CSRC, FOLDER, WORK, in_place=True, verbose=arguments.verbose))
             else:
-                results.append(build(kind, verbose=arguments.verbose))
+                out = MODULE_FOLDER if kind == "python" else FOLDER
+                results.append(build(kind, out=out, verbose=arguments.verbose))
     except UserError as error:
         print(f"fastgpt: error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ import mmap
 import platform
 import re
 import struct
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ FOLDER = Path(__file__).resolve().parent
 FILES = {"cuda": "_ops.so", "emulated": "_ops_emulated.so"}
 NAMESPACES = {"cuda": "fastgpt", "emulated": "fastgpt_emulated"}
 DISPATCH_KEYS = {"cuda": "CUDA", "emulated": "CPU"}
+
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"  # for this Python alone; see csrc/python/module.cpp
+MODULE_FOLDER = FOLDER.parent
 
 INFO_VERSION = 1
 MARKER = b"fastgpt-build-info:"
@@ -77,7 +81,12 @@ def build_result(kind: str, folder: Path) -> dict[str, Any]:
 
 def result_file(kind: str) -> str:
     """The file in which the builder says what it built, or why not."""
-    return f"{Path(FILES[kind]).stem}_build_info.json"
+    return f"{file_of(kind).partition('.')[0]}_build_info.json"
+
+
+def file_of(kind: str) -> str:
+    """What the builder makes: a library of FILES, or of the kind "python" the module `fastgpt._C`."""
+    return FILES.get(kind, MODULE)
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -147,6 +147,36 @@ def find_ninja() -> str:
     return path
 
 
+# ---- Python ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PythonHeaders:
+    """What `fastgpt._C` is compiled with."""
+
+    include: Path
+    """The folder of Python.h."""
+    pybind11: Path
+    """The folder of pybind11/pybind11.h."""
+    pybind11_version: str
+
+
+def find_python_headers() -> PythonHeaders:
+    """Python's own headers, and pybind11's, which is found by its files."""
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").is_file():
+        version = dotted(sys.version_info[:2])
+        raise Missing(f"the headers of Python were not found (Debian, Ubuntu: apt install python{version}-dev)")
+    for folder in package_folders():
+        header = folder / "pybind11/include/pybind11/detail/common.h"
+        if header.is_file():
+            numbers = re.findall(
+                r"#\s*define PYBIND11_VERSION_(?:MAJOR|MINOR|MICRO|PATCH) (\w+)", header.read_text("utf-8")
+            )
+            return PythonHeaders(include, folder / "pybind11/include", ".".join(numbers))
+    raise Missing("pybind11 was not found; pip install pybind11")
+
+
 # ---- CUDA -----------------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,8 @@ def rotary_tables(
     else:
         raise ValueError(f"scaling must be none, linear or llama3, got {scaling.kind!r}")
     angle = torch.arange(T, dtype=torch.float64, device="cpu")[:, None] * frequency
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    cos, sin = (table.float().to(device, non_blocking=True) for table in (angle.cos(), angle.sin()))
+    return cos, sin
 
 
 class _Rotate(torch.autograd.Function):
