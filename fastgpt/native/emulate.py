@@ -10,6 +10,7 @@ CUDA's headers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -318,8 +319,11 @@ def _make(product: Path, command: list[str]) -> None:
 
 
 def _prune() -> None:
-    """Forgets what was not used for longest."""
+    """Forgets what was not used for longest. Another process may do so at the same time."""
     for kind in ("*.so", "*.o", "*.cpp", "*/kernel.cu"):
-        files = sorted(FOLDER.glob(kind), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in files[_KEPT:]:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            files = sorted(FOLDER.glob(kind), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in files[_KEPT:]:
+                old.unlink()
+                if old.parent != FOLDER:
+                    old.parent.rmdir()
