@@ -24,7 +24,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (112, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "activations": (150, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
     "ops": (60, ("ops/", "test_rule")),
-    "emulator": (80, ("emulator/", "ptx/")),
+    "emulator": (90, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
     "native": (40, ("test_native", "test_build")),
     "model": (10, ("test_model", "test_generate", "test_optim")),
@@ -35,7 +35,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "demo": (60, ("test_demo", "test_plot")),
     "benchmarks": (80, ("test_benchmarks", "test_gpu")),
     "cli": (36, ("test_cli", "test_config", "test_doctor")),
-    "guide": (40, ("test_guide",)),
+    "guide": (75, ("test_guide",)),
     "others": (28, ("",)),
 }
 
