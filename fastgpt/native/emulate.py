@@ -10,6 +10,7 @@ CUDA's headers.
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import hashlib
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -210,6 +212,8 @@ def compile(source: str | Path) -> Kernels:
     build._write(unit, code)
     path = build_library([unit], beside=file.parent, options=["-include", str(_precompiled())])
     library = Library(path, {}, frozenset(), ctypes.CDLL(str(path)))
+    # A process can hold some dozens: what nobody has any more goes.
+    weakref.finalize(library, _ctypes.dlclose, library.handle._handle).atexit = False
     kernels = {}
     for kernel, names in parameters.items():
         types = _call(library, f"fastgpt_parameters_{kernel}").split(", ") if names else []
