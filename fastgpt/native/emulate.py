@@ -250,7 +250,8 @@ def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] 
     # The same texts give the same objects, wherever they lie. Of prefixes that fit the last one counts.
     digest_of_all = _digest(*command, named_from, _digest_of_headers(beside))
     command += ["-iquote", str(beside), f"-ffile-prefix-map={root}=."]
-    command += [] if in_repository else [f"-ffile-prefix-map={beside}=."]
+    if not in_repository:  # ccache may hand the compiler a path from `root` on
+        command += [f"-ffile-prefix-map={folder}=." for folder in (os.path.relpath(beside, root), beside)]
     FOLDER.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in sources:
