@@ -25,7 +25,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "activations": (150, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
     "ops": (60, ("ops/", "test_rule")),
     "static": (30, ("test_static",)),
-    "emulator": (80, ("emulator/", "ptx/")),
+    "emulator": (90, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
     "native": (48, ("test_native", "test_build", "test_module")),
     "steps": (50, ("test_kernel_steps",)),
@@ -37,7 +37,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "demo": (60, ("test_demo", "test_plot")),
     "benchmarks": (80, ("test_benchmarks", "test_gpu")),
     "cli": (36, ("test_cli", "test_config", "test_doctor")),
-    "guide": (40, ("test_guide",)),
+    "guide": (75, ("test_guide",)),
     "others": (28, ("",)),
 }
 

@@ -24,9 +24,10 @@ const char* find_value(const char* json, const char* name) {
 }
 
 const char* keep(std::string text) {
-  thread_local std::string kept;
-  kept = std::move(text);
-  return kept.c_str();
+  static __thread std::string* kept = nullptr;  // see machine.h
+  if (!kept) kept = new std::string;
+  *kept = std::move(text);
+  return kept->c_str();
 }
 
 std::string dim_json(const emulator::Dim& dim) { return emulator::format("[%u,%u,%u]", dim.x, dim.y, dim.z); }

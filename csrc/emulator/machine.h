@@ -193,7 +193,9 @@ struct Machine {
 };
 
 extern Machine machine;
-// Null while host code runs. Initial-exec: the hooks read it at every access.
+// Null while host code runs. Initial-exec: the hooks read it at every access. What is thread-local in a library with
+// such a variable comes out of a small reserve that all libraries of a process share, and every file of somebody's own
+// kernels (native/emulate.py) is a library with an emulator in it. So they are few and small: pointers.
 extern __thread Thread* current_thread __attribute__((tls_model("initial-exec")));
 
 // ---- scheduler.cpp ----

@@ -37,7 +37,12 @@ struct Region {
   std::vector<uint8_t> initialised;  // since the tensors were registered; empty: all of it
 };
 
-thread_local std::vector<Region> registered;  // in order, apart from each other
+// In order, apart from each other. One pointer for each OS thread and nothing to destroy, for the reason in machine.h.
+std::vector<Region>& registered() {
+  static __thread std::vector<Region>* regions = nullptr;
+  if (!regions) regions = new std::vector<Region>;
+  return *regions;
+}
 std::vector<Region>* launched = nullptr;      // those of the OS thread that launched
 size_t last_region = 0;
 
@@ -315,7 +320,7 @@ void register_tensor(const void* begin, size_t bytes, size_t element_bytes, cons
   auto overlaps = [&](const Region& other) { return other.begin < region.end && region.begin < other.end; };
   std::vector<Region> apart;
   bool fresh = access == TensorAccess::output;  // nobody else gave this memory a meaning
-  for (Region& other : registered) {
+  for (Region& other : registered()) {
     if (!overlaps(other)) {
       apart.push_back(std::move(other));
       continue;
@@ -336,10 +341,10 @@ void register_tensor(const void* begin, size_t bytes, size_t element_bytes, cons
   }
   apart.push_back(std::move(region));
   std::sort(apart.begin(), apart.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
-  registered = std::move(apart);
+  registered() = std::move(apart);
 }
 
-void unregister_tensors() { registered.clear(); }
+void unregister_tensors() { registered().clear(); }
 
 namespace {
 
@@ -354,8 +359,8 @@ void poison_statics(Block& block) {
 
 void begin_memory_checks(const void* kernel) {
   find_module(kernel);
-  launched = &registered;
-  for (Region& region : registered) region.shadow.clear();
+  launched = &registered();
+  for (Region& region : registered()) region.shadow.clear();
   for (auto& block : machine.blocks) {  // none of them may go on referring to a set that is given away again
     block->shadow.clear();
     poison_statics(*block);

@@ -10,6 +10,8 @@ CUDA's headers.
 
 from __future__ import annotations
 
+import _ctypes
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -18,6 +20,7 @@ import os
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -209,6 +212,8 @@ def compile(source: str | Path) -> Kernels:
     build._write(unit, code)
     path = build_library([unit], beside=file.parent, options=["-include", str(_precompiled())])
     library = Library(path, {}, frozenset(), ctypes.CDLL(str(path)))
+    # A process can hold some dozens: what nobody has any more goes.
+    weakref.finalize(library, _ctypes.dlclose, library.handle._handle).atexit = False
     kernels = {}
     for kernel, names in parameters.items():
         types = _call(library, f"fastgpt_parameters_{kernel}").split(", ") if names else []
@@ -245,7 +250,8 @@ def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] 
     # The same texts give the same objects, wherever they lie. Of prefixes that fit the last one counts.
     digest_of_all = _digest(*command, named_from, _digest_of_headers(beside))
     command += ["-iquote", str(beside), f"-ffile-prefix-map={root}=."]
-    command += [] if in_repository else [f"-ffile-prefix-map={beside}=."]
+    if not in_repository:  # ccache may hand the compiler a path from `root` on
+        command += [f"-ffile-prefix-map={folder}=." for folder in (os.path.relpath(beside, root), beside)]
     FOLDER.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in sources:
@@ -318,8 +324,11 @@ def _make(product: Path, command: list[str]) -> None:
 
 
 def _prune() -> None:
-    """Forgets what was not used for longest."""
+    """Forgets what was not used for longest. Another process may do so at the same time."""
     for kind in ("*.so", "*.o", "*.cpp", "*/kernel.cu"):
-        files = sorted(FOLDER.glob(kind), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in files[_KEPT:]:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            files = sorted(FOLDER.glob(kind), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in files[_KEPT:]:
+                old.unlink()
+                if old.parent != FOLDER:
+                    old.parent.rmdir()

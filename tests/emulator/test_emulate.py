@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt.native import emulate, toolchain
 
+ROOT = Path(__file__).parents[2]
 SOURCE = """// __global__ void in_a_comment(int n) {}
 template <class T>
 __global__ void of_a_template(T* y) {}
@@ -153,6 +156,30 @@ def test_a_file_and_the_headers_beside_it(tmp_path: Path) -> None:
     (tmp_path / "value.h").write_text("constexpr int kValue = 4;\n")
     compiled(source).launch("given", 1, 2, y)
     assert y.tolist() == [4, 4]
+
+
+MANY = """
+import ctypes, shutil, sys, torch
+from pathlib import Path
+from fastgpt.native import emulate, loading
+held = [loading.library("emulated")]
+for i in range(40):  # as many libraries as files
+    copy = Path(sys.argv[2]) / f"{i}.so"
+    shutil.copy(sys.argv[1], copy)
+    held.append(ctypes.CDLL(str(copy)))
+kernels = emulate.compile(Path(sys.argv[3]))
+path = str(kernels.library.path)
+assert path in Path("/proc/self/maps").read_text()
+del kernels
+assert path not in Path("/proc/self/maps").read_text()
+"""
+
+
+def test_a_process_holds_many_and_lets_go_of_those_that_nobody_has(kernels: emulate.Kernels, tmp_path: Path) -> None:
+    source = tmp_path / "let_go.cu"
+    source.write_text("__global__ void let_go(int* y) { y[threadIdx.x] = 1; }\n")
+    command = [sys.executable, "-c", MANY, str(kernels.library.path), str(tmp_path), str(source)]
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def test_what_does_not_compile_says_why() -> None:
