@@ -136,8 +136,10 @@ def status() -> list[dict[str, str]]:
 
 
 def libraries() -> list[dict[str, Any]]:
-    """The compiled libraries, and `fastgpt._C`: {"library", "state": "loaded", "refused" or, without a file, "not built",
-    "reason", "remedy", "built": its build info (archs, archs_from, nvcc, compiler, torch_target), empty unless loaded}.
+    """The compiled libraries, and `fastgpt._C`: {"library", "state", "reason", "remedy", "built"}.
+
+    state: "loaded", "refused" or, without a file, "not built". built: the build info (archs, archs_from, nvcc, compiler,
+    torch_target) of what is loaded, else empty.
     """
     rows: list[dict[str, Any]] = []
 
