@@ -138,8 +138,8 @@ def status() -> list[dict[str, str]]:
 def libraries() -> list[dict[str, Any]]:
     """The compiled libraries, and `fastgpt._C`: {"library", "state", "reason", "remedy", "built"}.
 
-    state: "loaded", "refused" or, without a file, "not built". built: the build info (archs, archs_from, nvcc, compiler,
-    torch_target) of what is loaded, else empty.
+    state: "loaded", "refused" or, without a file, "not built". built: the build info (archs, archs_from, nvcc,
+    compiler, torch_target) of what is loaded, else empty.
     """
     rows: list[dict[str, Any]] = []
 
