@@ -248,7 +248,7 @@ def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] 
     in_repository = beside.is_relative_to(root) and not beside.is_relative_to(FOLDER)
     named_from = beside.relative_to(root).as_posix() if in_repository else "."
     # The same texts give the same objects, wherever they lie. Of prefixes that fit the last one counts.
-    digest_of_all = _digest(*command, named_from, _digest_of_headers(beside))
+    digest_of_all = _digest(*command, named_from, _digest_of_ingredients(beside))
     command += ["-iquote", str(beside), f"-ffile-prefix-map={root}=."]
     if not in_repository:  # ccache may hand the compiler a path from `root` on
         command += [f"-ffile-prefix-map={folder}=." for folder in (os.path.relpath(beside, root), beside)]
@@ -268,17 +268,18 @@ def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] 
     return library
 
 
-def _digest_of_headers(beside: Path) -> str:
+def _digest_of_ingredients(beside: Path) -> str:
     """Of what a source may include; and of the emulator's own sources, for it is linked with what they compile to."""
     found = [path for name in ("*.h", "*.cuh", "emulator/*.cpp") for path in build.CSRC.rglob(name)]
     found += [path for name in ("*.h", "*.cuh") for path in beside.glob(name)]
+    found.append(Path(__file__))  # which says how all that is compiled
     return _digest(*(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(found)))
 
 
 def _precompiled() -> Path:
     """A header to include first: host/export.h, with CUDA's headers already read, which takes longer than a kernel."""
     command, _ = _toolchain()
-    folder = FOLDER / f"export.{_digest(*command, _digest_of_headers(FOLDER))}"
+    folder = FOLDER / f"export.{_digest(*command, _digest_of_ingredients(FOLDER))}"
     header, compiled = folder / "export.h", folder / "export.h.gch"  # g++ looks for the second itself
     if not compiled.exists():
         for old in FOLDER.glob("export.*"):
