@@ -96,6 +96,6 @@ def test_a_part_of_the_tests_is_not_held_to_them(suite: pytest.Pytester, argumen
 
 
 def test_the_budgets_fit_the_whole() -> None:
-    """`make test` is to take seven and a half minutes of two processors at most."""
-    assert sum(seconds for seconds, _ in conftest.BUDGETS.values()) <= 2 * 450
-    assert conftest.area("ops/test_gelu.py") == "ops" and conftest.area("test_budgets.py") == "others"
+    """`make test` is to take nine and a half minutes of two processors at most."""
+    assert sum(seconds for seconds, _ in conftest.BUDGETS.values()) <= 2 * 570
+    assert conftest.area("ops/test_rotary.py") == "ops" and conftest.area("test_budgets.py") == "others"
