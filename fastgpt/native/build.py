@@ -36,7 +36,7 @@ WORK = CSRC.parent / "build" / "native"
 TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the libraries keep to
 
 _COMMON = ["-fPIC", "-fvisibility=hidden", "-Wall"]
-_NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(_COMMON), "-Xptxas", "--warn-on-spills,-Werror,-v"]
+_NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(_COMMON), "-Xptxas", "--warn-on-spills,-Werror"]
 _TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
 _BINDING = ["-O3", "-std=c++20", _TARGET, *_COMMON]
 # Every access of a kernel to memory calls a function of csrc/emulator; debug information names its source line.
@@ -108,18 +108,8 @@ def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
         info |= {"nvcc": dotted(nvcc.version), "archs": [str(arch) for arch in archs], "archs_from": source}
         version = f"-DFASTGPT_NVCC={info['nvcc']}"
         code = [flag for arch in archs for flag in arch.flags()]
-        rules["nvcc"] = [
-            *_RESOURCES,
-            "compile",
-            "$out.kernels",
-            nvcc.path,
-            *_NVCC,
-            *code,
-            "-ccbin",
-            gxx.path,
-            f"-I{csrc.name}",
-            version,
-        ]
+        compiler = [nvcc.path, *_NVCC, "-Xptxas", "-v", *code, "-ccbin", gxx.path, f"-I{csrc.name}", version]
+        rules["nvcc"] = [*_RESOURCES, "compile", "$out.kernels", *compiler]
         libraries += [nvcc.runtime, *_CUDA_LIBRARIES]
     link = [
         gxx.path,
