@@ -227,12 +227,12 @@ struct Gradient {
 
 // ---- kernels --------------------------------------------------------------------------------------------------
 
-// kept: how many vectors of a row are in shared memory between the passes; all, or a multiple of kRowThreads.
 template <class T, int kSize, class Tile>
-__global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entropy_kernel(CrossEntropy p, int kept) {
+__global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entropy_kernel(CrossEntropy p) {
   using A = decltype(widen(T()));
   const int lane = threadIdx.x % Tile::kRowThreads, of_block = threadIdx.x / Tile::kRowThreads;
   const int vectors = (p.vocab_size + kSize - 1) / kSize;  // that have logits
+  const int kept = p.kept_vectors;                         // all of them, or a multiple of kRowThreads
 
   for (int64_t row = int64_t(blockIdx.x) * Tile::kRows + of_block; row < p.rows;
        row += int64_t(gridDim.x) * Tile::kRows) {
@@ -318,14 +318,14 @@ constexpr int64_t kOtherSharedBytes = 1024;
 int vectors_of_row(const CrossEntropy& p, int size) { return (p.vocab_size + size - 1) / size; }
 
 template <class T, int kSize, class Tile>
-void launch_tile(const CrossEntropy& p, Stream stream) {
-  const int kept = p.d_logits && kSize > 1 ? cross_entropy_kept_vectors(p) : 0;
-  const int64_t shared = int64_t(kept) * kSize * sizeof(T) * Tile::kRows;
+void launch_tile(CrossEntropy p, Stream stream) {
+  p.kept_vectors = p.d_logits && kSize > 1 ? cross_entropy_kept_vectors(p) : 0;
+  const int64_t shared = int64_t(p.kept_vectors) * kSize * sizeof(T) * Tile::kRows;
   const int64_t fit = (most_shared_bytes() + kOtherSharedBytes) / (shared + 2 * kOtherSharedBytes);
   const int64_t stay = std::max<int64_t>(1, std::min<int64_t>(kBlocksOf<T, Tile>, fit));
   const int64_t blocks = std::min((p.rows + Tile::kRows - 1) / Tile::kRows, stay * multiprocessors());
   launch(cross_entropy_kernel<T, kSize, Tile>, {dim3(unsigned(blocks)), dim3(Tile::kThreads), size_t(shared), stream},
-         p, kept);
+         p);
 }
 
 }  // namespace

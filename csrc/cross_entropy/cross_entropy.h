@@ -29,6 +29,7 @@ struct CrossEntropy {
   const void* known = nullptr;     // (N, 2) A: the peak_and_sum that the backward begins with
   void* d_logits = nullptr;        // rows of `columns`, d_stride apart; may be the logits; null: not wanted
   int64_t d_stride = 0;
+  int kept_vectors = 0;            // of a row in shared memory between its two passes; set by the launcher
 };
 
 // vector: 16 bytes at a time; rows begin at multiples of 16 bytes, and their width is one. generic: serves everything.

@@ -253,7 +253,9 @@ def _by_chunks(
     width = V if ops is None else -(-V // ROW_ALIGNMENT) * ROW_ALIGNMENT
     projected = torch.empty(rows, width, dtype=x.dtype, device=x.device)  # as the GEMMs read and write it
     narrow = x.dtype != compute
-    wide = projected.new_empty(rows, V, dtype=compute) if narrow and ops is None else projected  # as it is computed with
+    wide = (
+        projected.new_empty(rows, V, dtype=compute) if narrow and ops is None else projected
+    )  # as it is computed with
     for start in range(0, N, max(rows, 1)):
         chunk = slice(start, min(start + rows, N))
         x_chunk, n = x[chunk], chunk.stop - chunk.start
