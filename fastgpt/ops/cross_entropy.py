@@ -81,7 +81,8 @@ def cross_entropy(
         losses, _ = ops.cross_entropy_forward.default(logits, targets, *options)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (targets != ignore_index).sum()
+    total = losses.sum(dtype=torch.float64)  # so that only the result is rounded
+    return (total if reduction == "sum" else total / (targets != ignore_index).sum()).to(losses.dtype)
 
 
 def reference(

