@@ -260,7 +260,9 @@ def _by_chunks(
         chunk = slice(start, min(start + rows, N))
         x_chunk, n = x[chunk], chunk.stop - chunk.start
         gemm = projected[:n, :V]
-        if bias is None:
+        if torch.compiler.is_compiling() and not gemm.is_contiguous():  # dynamo takes no such `out`
+            gemm.copy_(F.linear(x_chunk, weight_used, None if bias is None else bias[:V]))
+        elif bias is None:
             torch.mm(x_chunk, weight_used.t(), out=gemm)
         else:
             torch.addmm(bias[:V], x_chunk, weight_used.t(), out=gemm)
