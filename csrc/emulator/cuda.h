@@ -239,6 +239,8 @@ EMULATED int __ffs(int x) { return __builtin_ffs(x); }
 EMULATED int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 using std::erf;  // of floats too, where C's are of doubles alone
 using std::exp;
+using std::expm1;
+using std::log;
 using std::max;
 using std::min;
 using std::tanh;

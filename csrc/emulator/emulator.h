@@ -41,7 +41,8 @@ struct Settings {
 };
 const Settings& settings();
 void configure(const Settings& settings);
-int chip_number();  // 90 for "sm_90a"
+int chip_number();           // 90 for "sm_90a"
+size_t most_shared_bytes();  // that a block of that chip can have
 
 // Runs thread_body(context) once for each thread; throws std::runtime_error with the report if anything was found.
 void run_grid(const void* kernel, Dim grid, Dim block, Dim cluster, size_t shared_bytes,

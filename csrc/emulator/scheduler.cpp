@@ -35,11 +35,11 @@ int chip_number() {
   return chip.rfind("sm_", 0) == 0 ? std::atoi(chip.c_str() + 3) : 0;
 }
 
+size_t most_shared_bytes() { return (chip_number() >= 90 ? 227 : chip_number() >= 80 ? 163 : 64) * 1024; }
+
 namespace {
 
 constexpr unsigned kMostThreads = 1024;
-
-size_t most_shared_bytes() { return (chip_number() >= 90 ? 227 : chip_number() >= 80 ? 163 : 64) * 1024; }
 
 unsigned random_below(unsigned bound) {  // xorshift
   uint64_t& state = machine.random;

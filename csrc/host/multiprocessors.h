@@ -1,5 +1,8 @@
-// How many multiprocessors the current device has: what a grid that stays until all rows are done is sized by.
+// What the current device has: multiprocessors, by which a grid that stays until all rows are done is sized, and shared
+// memory for a block.
 #pragma once
+
+#include <cstdint>
 
 #include "host/launch.h"
 
@@ -12,9 +15,20 @@ inline int multiprocessors() {
   return count;
 }
 
+// The most that a block can ask for.
+inline int64_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the current device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "asking for its shared memory");
+  return bytes;
+}
+
 #else
 
 // Few, so that the small tensors of tests give every block several rows.
 inline int multiprocessors() { return 2; }
+
+inline int64_t most_shared_bytes() { return int64_t(emulator::most_shared_bytes()); }
 
 #endif

@@ -144,6 +144,18 @@ class Call {
     return data;
   }
 
+  // What is read and then overwritten.
+  void* in_place(const Tensor& x, const char* name) const {
+    void* data = x.mutable_data_ptr();
+#if defined(FASTGPT_EMULATED)
+    emulator::register_tensor(data, span_of(x) * x.element_size(), x.element_size(), name,
+                              emulator::TensorAccess::in_place);
+#else
+    (void)name;
+#endif
+    return data;
+  }
+
 #if !defined(FASTGPT_EMULATED)
  private:
   int32_t device_;

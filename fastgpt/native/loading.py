@@ -22,6 +22,9 @@ from typing import Any
 from .schemas import read_pages, schema_digest
 
 FOLDER = Path(__file__).resolve().parent
+# An op that has no entries of its own, and the one whose entries it is made of: where that has kernels, so has this.
+SERVED_BY = {"linear_cross_entropy": "cross_entropy"}
+
 FILES = {"cuda": "_ops.so", "emulated": "_ops_emulated.so"}
 NAMESPACES = {"cuda": "fastgpt", "emulated": "fastgpt_emulated"}
 DISPATCH_KEYS = {"cuda": "CUDA", "emulated": "CPU"}
@@ -165,7 +168,7 @@ def load(kind: str, folder: Path) -> Library:
 
 
 def _registered_ops(kind: str) -> frozenset[str]:
-    """The pages of `fastgpt/ops` of which every entry has an implementation."""
+    """The pages of `fastgpt/ops` of which every entry has an implementation, and the ops that these serve."""
     import torch
 
     def implemented(entry: str) -> bool:
@@ -173,7 +176,8 @@ def _registered_ops(kind: str) -> frozenset[str]:
         has_kernel_for = torch._C._dispatch_has_kernel_for_dispatch_key  # raises for a name that nothing has used yet
         return torch._C._dispatch_has_kernel(name) and has_kernel_for(name, DISPATCH_KEYS[kind])
 
-    return frozenset(op for op, entries in read_pages().items() if all(map(implemented, entries)))
+    own = {op for op, entries in read_pages().items() if all(map(implemented, entries))}
+    return frozenset(own | {op for op, other in SERVED_BY.items() if other in own})
 
 
 _libraries: dict[str, Library | Refused] = {}

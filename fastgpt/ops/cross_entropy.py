@@ -12,11 +12,16 @@ zero gradients, as torch's is: a trainer wants "sum" and a count of its own.
 
 Contract
     logits       (..., V) fp64, fp32, bf16 or fp16; any strides.
-    targets      (...) int64 or int32: ignore_index, or 0 .. vocab_size - 1. Other values are an error that CPU tensors
-                 raise (RuntimeError, from torch's gather); on a GPU they are an assertion on the device.
+    targets      (...) int64 or int32: ignore_index, or 0 .. vocab_size - 1. With other values the reference raises
+                 (RuntimeError, from torch's gather; on a GPU it is an assertion on the device); the kernels make the
+                 row's loss and gradient NaN, and so the sum and the mean, without waiting for anything.
     vocab_size   columns from here on are padding: not in the logsumexp or the mean, no gradient. V when not given.
+    overwrite_logits  lets the backward of the kernels write the gradient over the logits, where those are contiguous:
+                 no second tensor of that size. Whoever else needs the logits for a backward gets autograd's error, as
+                 does a second backward. Not for leaves.
     returns      fp32 (fp64 for fp64) in nats: a scalar, or (...) for "none". Computed in that type.
     ValueError   where a shape, dtype, device or option is otherwise; the same on every device.
+    The kernels (csrc/cross_entropy) are deterministic, and have no second derivative.
 
 Sources: the loss is torch.nn.functional.cross_entropy's; z-loss: Chowdhery et al. 2022 (PaLM), section 5; label
 smoothing: Szegedy et al. 2016, section 7; softcap: Gemma 2, 2024, section 2.
@@ -24,11 +29,14 @@ smoothing: Szegedy et al. 2016, section 7; softcap: Gemma 2, 2024, section 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastgpt import native
 from fastgpt.ops import contract
+from fastgpt.ops.registry import contiguous_like, register
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,6 +51,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     """Loss of logits (..., V) against targets (...), in nats.
 
@@ -51,17 +60,29 @@ def cross_entropy(
     contract.check_rows("cross_entropy", "logits", logits)
     check_targets("cross_entropy", "logits", logits, targets)
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, logits.shape[-1])
-    native.select(logits, "cross_entropy")
-    return reference(
-        logits,
-        targets,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        vocab_size=vocab_size,
-    )
+    if overwrite_logits and logits.is_leaf and logits.requires_grad:
+        raise ValueError("cross_entropy: overwrite_logits is not for a leaf: its values would become its gradient")
+    ops = native.select(logits, "cross_entropy")
+    if ops is None or contract.transformed():
+        return reference(
+            logits,
+            targets,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            vocab_size=vocab_size,
+        )
+    options = ignore_index, label_smoothing, z_loss, softcap or 0.0, vocab_size
+    if contract.needs_gradient(logits):
+        losses = _Kernels.apply(ops, logits, targets, options, overwrite_logits and logits.is_contiguous())
+    else:
+        losses, _ = ops.cross_entropy_forward.default(logits, targets, *options)
+    if reduction == "none":
+        return losses
+    total = losses.sum(dtype=torch.float64)  # so that only the result is rounded
+    return (total if reduction == "sum" else total / (targets != ignore_index).sum()).to(losses.dtype)
 
 
 def reference(
@@ -128,3 +149,68 @@ def check_options(
         raise ValueError(f"{op}: softcap must be more than 0, got {softcap}")
     if vocab_size is not None and not 1 <= vocab_size <= V:
         raise ValueError(f"{op}: vocab_size must be in 1 .. {V}, the width of the logits, got {vocab_size}")
+
+
+# ---- kernels -------------------------------------------------------------------------------------------
+
+
+# softcap 0: none. d_losses (...) is the gradient of the losses, of their dtype.
+SCHEMAS = {
+    # peak_and_sum (..., 2) is for the backward: the largest logit x of a row, and the sum of exp(x_j - x).
+    "cross_entropy_forward": (
+        "(Tensor logits, Tensor targets, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+        "int? vocab_size) -> (Tensor losses, Tensor peak_and_sum)"
+    ),
+    "cross_entropy_backward": (
+        "(Tensor d_losses, Tensor logits, Tensor targets, Tensor peak_and_sum, int ignore_index, "
+        "float label_smoothing, float z_loss, float softcap, int? vocab_size) -> Tensor d_logits"
+    ),
+    # Both at once, in one read and one write: the logits, contiguous, become their gradient.
+    "cross_entropy_gradient_": (
+        "(Tensor(a!) logits, Tensor targets, Tensor d_losses, int ignore_index, float label_smoothing, float z_loss, "
+        "float softcap, int? vocab_size) -> Tensor losses"
+    ),
+}
+
+
+def _fake_losses(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=contract.accumulator(logits.dtype))
+
+
+def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    losses = _fake_losses(logits)
+    return losses, losses.new_empty((*losses.shape, 2))
+
+
+register(
+    SCHEMAS,
+    {
+        "cross_entropy_forward": _fake_forward,
+        "cross_entropy_backward": lambda d_losses, logits, *_: contiguous_like(logits),
+        "cross_entropy_gradient_": _fake_losses,
+    },
+)
+
+
+class _Kernels(torch.autograd.Function):
+    """The losses of the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, logits: Tensor, targets: Tensor, options: tuple, overwrite: bool) -> Tensor:
+        losses, peak_and_sum = ops.cross_entropy_forward.default(logits, targets, *options)
+        ctx.ops, ctx.options, ctx.overwrite = ops, options, overwrite
+        ctx.save_for_backward(logits, targets, peak_and_sum)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        contract.refuse_double_backward("cross_entropy")
+        logits, targets, peak_and_sum = ctx.saved_tensors
+        if ctx.overwrite and not torch.compiler.is_compiling():
+            ctx.ops.cross_entropy_gradient_.default(logits, targets, d_losses, *ctx.options)
+            # Autograd is to know, so that no other backward takes them for the logits.
+            torch.autograd.graph.increment_version(logits)
+            d_logits = logits
+        else:
+            d_logits = ctx.ops.cross_entropy_backward.default(d_losses, logits, targets, peak_and_sum, *ctx.options)
+        return None, d_logits, None, None, None

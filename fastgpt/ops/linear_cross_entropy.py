@@ -22,9 +22,10 @@ Contract
                    fewer than C up to ENOUGH_ROWS, below which the machine is wasted. By device when not given.
     returns        fp32 (fp64 for fp64) in nats: a scalar, or (...) for reduction "none".
     ValueError     where a shape, dtype, device or option is otherwise; the same on every device.
+    With the kernels of cross_entropy one call makes a chunk's logits their gradient, in one read and one write.
     In bf16 and fp16 the logits are rounded to that type by their GEMM, the softmax is in fp32, its gradient is rounded
     once, and dW sums over the chunks in fp32. Under autocast x, weight and bias are cast to its dtype.
-    Differentiable twice (the second time through `reference`, which holds the logits).
+    Differentiable twice without kernels (the second time through `reference`, which holds the logits).
 
 Sources: the loss as in cross_entropy.py; gradients in the forward, by chunks: Hsu et al. 2024 (Liger Kernel).
 """
@@ -32,6 +33,7 @@ Sources: the loss as in cross_entropy.py; gradients in the forward, by chunks: H
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,8 @@ CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 MIN_ROWS = 256
 # With fewer rows than C, adding a chunk to dW (V, C) moves more memory than its logits do; from here on it is bearable.
 ENOUGH_ROWS = 512
+# Columns that the rows of logits are padded to for the kernels, so that each begins at a multiple of 128 bytes.
+ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, V)
     x, weight = contract.autocast(x, weight)
     bias = None if bias is None else contract.autocast(bias)[0]
-    native.select(x, "linear_cross_entropy")
+    ops = native.select(x, "linear_cross_entropy")
     if contract.transformed():
         return reference(
             x,
@@ -109,10 +113,10 @@ def linear_cross_entropy(
     x, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
     arguments = x, weight, bias, targets.reshape(-1), weights
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        loss = _LinearCrossEntropy.apply(*arguments, options)
+        loss = _LinearCrossEntropy.apply(ops, *arguments, options)
     else:
         row_weights = _row_weights(*arguments[3:], options, contract.accumulator(x.dtype))
-        losses, _ = _by_chunks(*arguments[:4], row_weights, options, (False,) * 3)
+        losses, _ = _by_chunks(ops, *arguments[:4], row_weights, options, (False,) * 3)
         loss = _reduced(losses, row_weights, options)[0]
     return loss.view(targets.shape) if reduction == "none" else loss
 
@@ -152,21 +156,23 @@ def reference(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, token_weights, options):
+    def forward(ctx, ops, x, weight, bias, targets, token_weights, options):
         row_weights = _row_weights(targets, token_weights, options, contract.accumulator(x.dtype))
         # With "none" the rows' factors are known only in the backward.
-        needed = tuple(n and options.reduction != "none" for n in ctx.needs_input_grad[:3])
-        losses, gradients = _by_chunks(x, weight, bias, targets, row_weights, options, needed)
+        needed = tuple(n and options.reduction != "none" for n in ctx.needs_input_grad[1:4])
+        losses, gradients = _by_chunks(ops, x, weight, bias, targets, row_weights, options, needed)
         loss, divisor = _reduced(losses, row_weights, options)
         ctx.save_for_backward(x, weight, bias, targets, token_weights, row_weights, divisor, *gradients)
-        ctx.options = options
+        ctx.ops, ctx.options = ops, options
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
         x, weight, bias, targets, token_weights, row_weights, divisor, *gradients = ctx.saved_tensors
         options: _Options = ctx.options
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[1:4]
+        if ctx.ops is not None:
+            contract.refuse_double_backward("linear_cross_entropy")
         if torch.is_grad_enabled():  # somebody will differentiate this: give them the plain formulation's graph
             loss = reference(
                 x,
@@ -183,9 +189,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             wanted = [t for t, n in zip((x, weight, bias), needed, strict=True) if n]
             found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
-            return *(next(found) if n else None for n in needed), None, None, None
+            return None, *(next(found) if n else None for n in needed), None, None, None
         if options.reduction == "none":
-            _, gradients = _by_chunks(x, weight, bias, targets, row_weights * d_loss, options, needed)
+            _, gradients = _by_chunks(ctx.ops, x, weight, bias, targets, row_weights * d_loss, options, needed)
             factor = None
         elif options.reduction == "sum":
             factor = d_loss
@@ -197,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scaled = torch.empty_like(parameter)
                 gradient = torch.mul(gradient, 1.0 if factor is None else factor, out=scaled)  # one pass, one rounding
             found.append(gradient)
-        return *found, None, None, None
+        return None, *found, None, None, None
 
 
 def _row_weights(targets: Tensor, token_weights: Tensor | None, options: _Options, dtype: torch.dtype) -> Tensor:
@@ -218,6 +224,7 @@ def _reduced(losses: Tensor, row_weights: Tensor, options: _Options) -> tuple[Te
 
 
 def _by_chunks(
+    ops: Any,  # that have the kernels of cross_entropy, or None
     x: Tensor,  # (N, C)
     weight: Tensor,  # (V, C)
     bias: Tensor | None,  # (V,)
@@ -233,7 +240,6 @@ def _by_chunks(
     """
     (N, C), V = x.shape, options.vocab_size
     compute = row_weights.dtype
-    narrow = x.dtype != compute
     losses = row_weights.new_empty(N)
     d_x = torch.empty(N, C, dtype=x.dtype, device=x.device) if needed[0] else None
     sums = compute if options.rows < N else x.dtype
@@ -242,44 +248,84 @@ def _by_chunks(
         d_weight[V if N else 0 :] = 0.0  # the rest is written by the first chunk
     d_bias = row_weights.new_zeros(weight.shape[0]) if needed[2] else None
     weight_used = weight[:V]
-    smoothing, z_loss, softcap = options.label_smoothing, options.z_loss, options.softcap
 
     rows = min(options.rows, N)
-    projected = torch.empty(rows, V, dtype=x.dtype, device=x.device)  # as the GEMMs read and write it
-    wide = projected.new_empty(rows, V, dtype=compute) if narrow else projected  # as it is computed with
+    width = V if ops is None else -(-V // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    projected = torch.empty(rows, width, dtype=x.dtype, device=x.device)  # as the GEMMs read and write it
+    narrow = x.dtype != compute
+    wide = (
+        projected.new_empty(rows, V, dtype=compute) if narrow and ops is None else projected
+    )  # as it is computed with
     for start in range(0, N, max(rows, 1)):
         chunk = slice(start, min(start + rows, N))
         x_chunk, n = x[chunk], chunk.stop - chunk.start
-        gemm, y = projected[:n], wide[:n]
-        if bias is None:
+        gemm = projected[:n, :V]
+        if torch.compiler.is_compiling() and not gemm.is_contiguous():  # dynamo takes no such `out`
+            gemm.copy_(F.linear(x_chunk, weight_used, None if bias is None else bias[:V]))
+        elif bias is None:
             torch.mm(x_chunk, weight_used.t(), out=gemm)
         else:
             torch.addmm(bias[:V], x_chunk, weight_used.t(), out=gemm)
-        if narrow:
-            y.copy_(gemm)
-        if softcap is not None:
-            y.div_(softcap).tanh_()
-            slope = 1.0 - y.square() if any(needed) else None
-            y.mul_(softcap)
-        counted = targets[chunk] != options.ignore_index
-        column = torch.where(counted, targets[chunk], 0).long()[:, None]
-        target_logit = y.gather(1, column)
-        mean_logit = y.mean(1, keepdim=True) if smoothing else None
-        # Neither exp nor log over the whole chunk but torch's one vectorised softmax, in place. The largest
-        # probability is 1 / sum(exp(y - peak)), so its log gives the logsumexp.
-        peak = y.amax(1, keepdim=True)
-        torch.softmax(y, 1, out=y)
-        log_sum = -y.amax(1, keepdim=True).log()
-        nll = (peak - target_logit) + log_sum  # the difference first: exact where the loss is small
-        loss, lse = nll, peak + log_sum
-        if smoothing:
-            loss = (1.0 - smoothing) * nll + smoothing * (lse - mean_logit)
-        if z_loss:
-            loss = loss + z_loss * lse.square()
-        losses[chunk] = loss.squeeze(1)
+        factor = row_weights[chunk]
+        if ops is None:
+            losses[chunk] = _softmax_to_gradient_(gemm, wide[:n], targets[chunk], options, any(needed))
+        else:
+            arguments = options.ignore_index, options.label_smoothing, options.z_loss, options.softcap or 0.0, V
+            if any(needed):
+                of_chunk = ops.cross_entropy_gradient_.default(projected[:n], targets[chunk], factor, *arguments)
+            else:
+                of_chunk, _ = ops.cross_entropy_forward.default(projected[:n], targets[chunk], *arguments)
+            losses[chunk] = of_chunk
         if not any(needed):
             continue
 
+        # The kernel has multiplied by the rows' weights. Without it they go into the narrow factors: no pass over the
+        # logits.
+        if d_x is not None:
+            torch.mm(gemm, weight_used, out=d_x[chunk])
+            if ops is None:
+                d_x[chunk].mul_(factor[:, None])
+        if d_weight is not None:
+            weighted = x_chunk if ops is not None else (x_chunk * factor[:, None]).to(x.dtype)
+            _add_product_(d_weight[:V], gemm.t(), weighted, beta=int(start > 0))
+        if d_bias is not None:
+            d_bias[:V] += gemm.sum(0, dtype=compute) if ops is not None else torch.mv(wide[:n].t(), factor)
+    return losses, (d_x, d_weight, d_bias)
+
+
+def _softmax_to_gradient_(
+    gemm: Tensor,  # (n, V) logits
+    y: Tensor,  # (n, V) of the dtype that is computed in: the same memory, or workspace
+    targets: Tensor,  # (n,)
+    options: _Options,
+    with_gradient: bool,
+) -> Tensor:
+    """Losses (n,); `gemm` and `y` become the gradient of each row's loss where that is wanted."""
+    V = options.vocab_size
+    smoothing, z_loss, softcap = options.label_smoothing, options.z_loss, options.softcap
+    narrow = y.dtype != gemm.dtype
+    if narrow:
+        y.copy_(gemm)
+    if softcap is not None:
+        y.div_(softcap).tanh_()
+        slope = 1.0 - y.square() if with_gradient else None
+        y.mul_(softcap)
+    counted = targets != options.ignore_index
+    column = torch.where(counted, targets, 0).long()[:, None]
+    target_logit = y.gather(1, column)
+    mean_logit = y.mean(1, keepdim=True) if smoothing else None
+    # Neither exp nor log over the whole chunk but torch's one vectorised softmax, in place. The largest probability is
+    # 1 / sum(exp(y - peak)), so its log gives the logsumexp.
+    peak = y.amax(1, keepdim=True)
+    torch.softmax(y, 1, out=y)
+    log_sum = -y.amax(1, keepdim=True).log()
+    nll = (peak - target_logit) + log_sum  # the difference first: exact where the loss is small
+    loss, lse = nll, peak + log_sum
+    if smoothing:
+        loss = (1.0 - smoothing) * nll + smoothing * (lse - mean_logit)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if with_gradient:
         # y: probabilities -> gradient of each row's loss. At the target p - 1 would lose all digits as p nears 1.
         at_target = torch.expm1(-nll)
         if z_loss:
@@ -293,16 +339,7 @@ def _by_chunks(
             y.mul_(slope)
         if narrow:
             gemm.copy_(y)
-        # The rows' weights go into the narrow factors: no pass over the logits.
-        factor = row_weights[chunk, None]
-        if d_x is not None:
-            torch.mm(gemm, weight_used, out=d_x[chunk]).mul_(factor)
-        if d_weight is not None:
-            weighted = (x_chunk * factor).to(x.dtype)
-            _add_product_(d_weight[:V], gemm.t(), weighted, beta=int(start > 0))
-        if d_bias is not None:
-            d_bias[:V] += torch.mv(y.t(), row_weights[chunk])
-    return losses, (d_x, d_weight, d_bias)
+    return loss.squeeze(1)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
