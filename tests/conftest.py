@@ -23,6 +23,7 @@ import pytest
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (80, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "activations": (110, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
+    "rotary and embedding": (75, ("ops/test_rotary", "ops/test_embedding")),
     "ops": (60, ("ops/", "test_rule")),
     "static": (30, ("test_static",)),
     "emulator": (90, ("emulator/", "ptx/")),

@@ -15,7 +15,8 @@
 // With the norm, the lanes of a head add up its squares by shuffles. Blocks stay (a grid of as many as run at a time),
 // for each block keeps the two weights in shared memory. Their gradients are sums over all tokens: a lane adds up those
 // of its slot over a run of tokens, a block its lanes' in a fixed order into one row of `partials`, and a second kernel
-// adds those up in double. There are no atomics, so the result is the same every time.
+// adds those up in double. There are no atomics, so the result is the same every time. With these sums a thread needs 160
+// registers, so the backward has 12 warps on a multiprocessor, where the forward has 16.
 //
 // With kSize = 1 the same kernels serve everything: widths that are no multiple of a vector, memory that does not begin
 // at one. Then a lane may have many slots of a head, and with the norm reads them once more from the cache; and the
@@ -40,6 +41,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kBatch = 4;        // heads whose loads are on their way at a time
 constexpr int kNormBlocks = 2;   // of a multiprocessor, for kernels whose blocks stay
+constexpr int kSumWarps = 4, kSumThreads = kSumWarps * kWarp, kSumBlocks = 3;  // of the norm's backward
 constexpr int kWidestNorm = 256; // heads on the norm's vector path: their weights are in shared memory
 constexpr int64_t kMostTokensOfSum = 512;  // that a block adds up before it writes a partial sum
 
@@ -233,7 +235,7 @@ __device__ __forceinline__ void take_weights(const P& p, Weight<A, kSize> (&weig
     weights[1] = {p.k_weight, p.k_weight_dtype};
   } else {
     __shared__ __align__(16) A kept[2][kWidestNorm];
-    for (int i = threadIdx.x; i < p.plan.width; i += kThreads) {
+    for (int i = threadIdx.x; i < p.plan.width; i += int(blockDim.x)) {
       kept[0][i] = load_as<A>(p.q_weight, p.q_weight_dtype, i);
       kept[1][i] = load_as<A>(p.k_weight, p.k_weight_dtype, i);
     }
@@ -251,23 +253,19 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
   const A width = A(plan.width);
   Weight<A, kSize> weights[2];
   take_weights<A, kSize>(p, weights);
+  const Places places = Places::of<kSize>(plan, slots, slots.first());  // on the vector path a lane has no others
 
   for (int64_t index = token_of_warp(); index < plan.batches * plan.tokens; index += int64_t(gridDim.x) * kWarps) {
     const Token token(plan, index);
     const T* x = token.in<T>(p.x);
     T* y = token.out<T>(plan, p.y);
+    Turn<A, kSize> turn;
+    if (kSize > 1 && slots.first() < slots.pairs) turn.read(plan, token, places.first);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
       A first[kSize], second[kSize];
-      Turn<A, kSize> turn;
-      const auto read_what_is_for_all_heads = [&](const Places& at) {
-        weights[part].read(first, second, at);
-        if (at.rotated) turn.read(plan, token, at.first);
-      };
-      // On the vector path a lane has one slot, or none, and keeps what belongs to it.
-      if (kSize > 1 && slots.first() < slots.all)
-        read_what_is_for_all_heads(Places::of<kSize>(plan, slots, slots.first()));
+      if (kSize > 1 && slots.first() < slots.all) weights[part].read(first, second, places);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -288,7 +286,8 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
           const Places at = Places::of<kSize>(plan, slots, slot);
           if constexpr (kSize == 1) {
             pair.read(x + (begin + head) * p.x.head, at);
-            read_what_is_for_all_heads(at);
+            weights[part].read(first, second, at);
+            if (at.rotated) turn.read(plan, token, at.first);
           }
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
@@ -312,31 +311,28 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
 // With xhat = x * rstd, g the gradient turned back, and w the weight:
 //   d_weight = sum(g * xhat);  d_x = rstd * (g * w - xhat * mean(g * w * xhat))
 template <class T, int kSize>
-__global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_backward_kernel(RotaryNormBackward p) {
+__global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_kernel(RotaryNormBackward p) {
   using A = Wide<T>;
   const RotaryPlan& plan = p.plan;
   const Slots slots(plan, kSize);
   const A width = A(plan.width);
   Weight<A, kSize> weights[2];
   take_weights<A, kSize>(p, weights);
+  const Places places = Places::of<kSize>(plan, slots, slots.first());  // on the vector path a lane has no others
 
   A d_first[2][kSize] = {}, d_second[2][kSize] = {};  // of the weights, on the vector path
   const int64_t run = int64_t(blockIdx.x) * p.tokens_of_sum;
   const int64_t end = min(run + p.tokens_of_sum, plan.batches * plan.tokens);
-  for (int64_t index = run + threadIdx.x / kWarp; index < end; index += kWarps) {
+  for (int64_t index = run + threadIdx.x / kWarp; index < end; index += kSumWarps) {
     const Token token(plan, index);
     const T *x = token.in<T>(p.x), *d_y = token.in<T>(p.d_y);
+    Turn<A, kSize> turn;
+    if (kSize > 1 && slots.first() < slots.pairs) turn.read(plan, token, places.first);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
       A first[kSize], second[kSize];
-      Turn<A, kSize> turn;
-      const auto read_what_is_for_all_heads = [&](const Places& at) {
-        weights[part].read(first, second, at);
-        if (at.rotated) turn.read(plan, token, at.first);
-      };
-      if (kSize > 1 && slots.first() < slots.all)
-        read_what_is_for_all_heads(Places::of<kSize>(plan, slots, slots.first()));
+      if (kSize > 1 && slots.first() < slots.all) weights[part].read(first, second, places);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -348,7 +344,10 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_backward_ke
           Pair<T, kSize> of_d_y;
           of_x.read(x_head, at);
           of_d_y.read(d_y_head, at);
-          if constexpr (kSize == 1) read_what_is_for_all_heads(at);
+          if constexpr (kSize == 1) {
+            weights[part].read(first, second, at);
+            if (at.rotated) turn.read(plan, token, at.first);
+          }
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(of_d_y.first.at[i]), b = widen(of_d_y.second.at[i]);
@@ -400,7 +399,7 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_backward_ke
 
   if constexpr (kSize > 1) {
     if (!p.partials) return;
-    __shared__ A of_warp[kWarps][2][kWidestNorm];
+    __shared__ A of_warp[kSumWarps][2][kWidestNorm];
     const int warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -420,10 +419,10 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_backward_ke
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < 2 * plan.width; i += kThreads) {
+    for (int i = threadIdx.x; i < 2 * plan.width; i += kSumThreads) {
       const int part = i / int(plan.width), column = i - part * int(plan.width);
       A sum = 0;
-      for (int other = 0; other < kWarps; ++other) sum += of_warp[other][part][column];
+      for (int other = 0; other < kSumWarps; ++other) sum += of_warp[other][part][column];
       static_cast<A*>(p.partials)[blockIdx.x * 2 * plan.width + i] = sum;
     }
   }
@@ -477,7 +476,7 @@ int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t tokens_of(const RotaryPlan& plan) { return plan.batches * plan.tokens; }
 
-int64_t blocks_that_stay() { return int64_t(multiprocessors()) * kNormBlocks; }
+int64_t blocks_that_stay(int on_one) { return int64_t(multiprocessors()) * on_one; }
 
 }  // namespace
 
@@ -486,8 +485,8 @@ bool rotary_norm_fits_vectors(const RotaryPlan& plan) {
 }
 
 void rotary_split_tokens(RotaryNormBackward& p) {
-  const int64_t all = tokens_of(p.plan), shares = std::max<int64_t>(1, std::min(divided_up(all, kWarps), blocks_that_stay()));
-  p.tokens_of_sum = std::min(std::max<int64_t>(1, divided_up(all, shares)), kMostTokensOfSum);
+  const int64_t all = tokens_of(p.plan), blocks = std::min(divided_up(all, kSumWarps), blocks_that_stay(kSumBlocks));
+  p.tokens_of_sum = all == 0 ? 1 : std::min(divided_up(all, blocks), kMostTokensOfSum);
   p.sums = divided_up(all, p.tokens_of_sum);
 }
 
@@ -504,7 +503,7 @@ void launch_rotary_norm_forward(const RotaryNormForward& p, RotaryPath path, Str
   const int64_t all = tokens_of(p.plan);
   if (all == 0) return;
   with_vectors(p.plan.dtype, path == RotaryPath::vector, [&](auto zero, auto size) {
-    const dim3 grid(unsigned(std::min(divided_up(all, kWarps), blocks_that_stay())));
+    const dim3 grid(unsigned(std::min(divided_up(all, kWarps), blocks_that_stay(kNormBlocks))));
     launch(rotary_norm_forward_kernel<decltype(zero), size()>, {grid, dim3(kThreads), 0, stream}, p);
   });
 }
@@ -513,9 +512,9 @@ void launch_rotary_norm_backward(const RotaryNormBackward& p, RotaryPath path, S
   with_vectors(p.plan.dtype, path == RotaryPath::vector, [&](auto zero, auto size) {
     using T = decltype(zero);
     if (p.sums > 0) {
-      launch(rotary_norm_backward_kernel<T, size()>, {dim3(unsigned(p.sums)), dim3(kThreads), 0, stream}, p);
+      launch(rotary_norm_backward_kernel<T, size()>, {dim3(unsigned(p.sums)), dim3(kSumThreads), 0, stream}, p);
     }
-    if (!p.partials) return;
+    if (!p.d_q_weight) return;
     if (path == RotaryPath::generic && p.sums > 0) {
       const dim3 grid(unsigned(divided_up(p.plan.width, kThreads)), 2, unsigned(std::min<int64_t>(p.sums, 1024)));
       launch(rotary_norm_partials_kernel<T>, {grid, dim3(kThreads), 0, stream}, p);
