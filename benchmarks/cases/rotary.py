@@ -39,6 +39,8 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype, *, norm: bool = Fals
 
     # A token reads its row of both tables, whatever the others read: their positions may all be different.
     most, whole = (1.03, 1.0) if path == "vector" else (None, None)
+    if whole and dtype.itemsize == 2:  # a lane takes 32 bytes of a table, in two halves of a sector one after the other
+        whole = 1.05
     if norm:
         both = 3 * heads - KV  # the values of x are not read
         return [

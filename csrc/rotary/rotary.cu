@@ -118,7 +118,7 @@ struct Turn {
   A cos[kSize], sin[kSize];
 
   // NaN where there is no such position: nothing is read there.
-  __device__ __forceinline__ void read(const RotaryPlan& plan, const Token& token, int first) {
+  __device__ __forceinline__ void read_turn(const RotaryPlan& plan, const Token& token, int first) {
     if (in_bounds(uint64_t(token.position), uint64_t(plan.table_rows))) {
       const int64_t at = token.position * plan.half + first;
       load_all(cos, static_cast<const A*>(plan.cos) + at);
@@ -134,7 +134,7 @@ template <class T, int kSize>
 struct Pair {
   Vec<T, kSize> first, second;
 
-  __device__ __forceinline__ void read(const T* head, const Places& at) {
+  __device__ __forceinline__ void read_pair(const T* head, const Places& at) {
     first = load<kSize>(head + at.first);
     second = Vec<T, kSize>{};
     if (at.both) second = load<kSize>(head + at.second);
@@ -173,13 +173,13 @@ __global__ __launch_bounds__(kThreads) void rotary_kernel(Rotary p) {
   for (int slot = slots.first(); slot < end; slot += slots.lanes) {
     const Places at = Places::of<kSize>(plan, slots, slot);
     Turn<A, kSize> turn;
-    if (at.rotated) turn.read(plan, token, at.first);
+    if (at.rotated) turn.read_turn(plan, token, at.first);
     for (int head = slots.group(); head < heads; head += kBatch * slots.groups) {
       Pair<T, kSize> pairs[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int64_t here = head + i * slots.groups;
-        if (in_bounds(here, int64_t(heads))) pairs[i].read(x + here * p.x.head, at);
+        if (in_bounds(here, int64_t(heads))) pairs[i].read_pair(x + here * p.x.head, at);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -216,7 +216,7 @@ struct Weight {
   const void* data;
   DType dtype;
 
-  __device__ __forceinline__ void read(A (&first)[kSize], A (&second)[kSize], const Places& at) const {
+  __device__ __forceinline__ void read_weight(A (&first)[kSize], A (&second)[kSize], const Places& at) const {
     if constexpr (kSize == 1) {
       first[0] = load_as<A>(data, dtype, at.first);
       second[0] = at.both ? load_as<A>(data, dtype, at.second) : A(0);
@@ -260,12 +260,12 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
     const T* x = token.in<T>(p.x);
     T* y = token.out<T>(plan, p.y);
     Turn<A, kSize> turn;
-    if (kSize > 1 && slots.first() < slots.pairs) turn.read(plan, token, places.first);
+    if (kSize > 1 && slots.first() < slots.pairs) turn.read_turn(plan, token, places.first);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
       A first[kSize], second[kSize];
-      if (kSize > 1 && slots.first() < slots.all) weights[part].read(first, second, places);
+      if (kSize > 1 && slots.first() < slots.all) weights[part].read_weight(first, second, places);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -273,7 +273,7 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
         Pair<T, kSize> pair;
         A squares = 0;
         for (int slot = slots.first(); exists && slot < slots.all; slot += slots.lanes) {
-          pair.read(x + (begin + head) * p.x.head, Places::of<kSize>(plan, slots, slot));
+          pair.read_pair(x + (begin + head) * p.x.head, Places::of<kSize>(plan, slots, slot));
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(pair.first.at[i]), b = widen(pair.second.at[i]);
@@ -285,9 +285,9 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
         for (int slot = slots.first(); exists && slot < slots.all; slot += slots.lanes) {
           const Places at = Places::of<kSize>(plan, slots, slot);
           if constexpr (kSize == 1) {
-            pair.read(x + (begin + head) * p.x.head, at);
-            weights[part].read(first, second, at);
-            if (at.rotated) turn.read(plan, token, at.first);
+            pair.read_pair(x + (begin + head) * p.x.head, at);
+            weights[part].read_weight(first, second, at);
+            if (at.rotated) turn.read_turn(plan, token, at.first);
           }
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
@@ -327,12 +327,12 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
     const Token token(plan, index);
     const T *x = token.in<T>(p.x), *d_y = token.in<T>(p.d_y);
     Turn<A, kSize> turn;
-    if (kSize > 1 && slots.first() < slots.pairs) turn.read(plan, token, places.first);
+    if (kSize > 1 && slots.first() < slots.pairs) turn.read_turn(plan, token, places.first);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
       A first[kSize], second[kSize];
-      if (kSize > 1 && slots.first() < slots.all) weights[part].read(first, second, places);
+      if (kSize > 1 && slots.first() < slots.all) weights[part].read_weight(first, second, places);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -340,13 +340,13 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
         const T *x_head = x + (begin + head) * p.x.head, *d_y_head = d_y + (begin + head) * p.d_y.head;
         Pair<T, kSize> of_x;
         A g_first[kSize], g_second[kSize];  // the gradient turned back
-        const auto read = [&](const Places& at) {
+        const auto read_head = [&](const Places& at) {
           Pair<T, kSize> of_d_y;
-          of_x.read(x_head, at);
-          of_d_y.read(d_y_head, at);
+          of_x.read_pair(x_head, at);
+          of_d_y.read_pair(d_y_head, at);
           if constexpr (kSize == 1) {
-            weights[part].read(first, second, at);
-            if (at.rotated) turn.read(plan, token, at.first);
+            weights[part].read_weight(first, second, at);
+            if (at.rotated) turn.read_turn(plan, token, at.first);
           }
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
@@ -359,7 +359,7 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
         A squares = 0, products = 0;  // of x * x, and of g * w * x
         for (int slot = slots.first(); exists && slot < slots.all; slot += slots.lanes) {
           const Places at = Places::of<kSize>(plan, slots, slot);
-          read(at);
+          read_head(at);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(of_x.first.at[i]), b = widen(of_x.second.at[i]);
@@ -378,7 +378,7 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
         }
         for (int slot = slots.first(); exists && slot < slots.all; slot += slots.lanes) {
           const Places at = Places::of<kSize>(plan, slots, slot);
-          if constexpr (kSize == 1) read(at);
+          if constexpr (kSize == 1) read_head(at);
           Pair<T, kSize> d_x;
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
@@ -446,7 +446,7 @@ __global__ __launch_bounds__(kThreads) void rotary_norm_partials_kernel(RotaryNo
     for (int64_t index = sum * p.tokens_of_sum; index < end; ++index) {
       const Token token(plan, index);
       Turn<A, 1> turn{{A(1)}, {A(0)}};
-      if (rotated) turn.read(plan, token, int(slot));
+      if (rotated) turn.read_turn(plan, token, int(slot));
       for (int64_t head = begin; head < begin + heads; ++head) {
         const T* d_y = token.in<T>(p.d_y) + head * p.d_y.head;
         A g = widen(d_y[column]);

@@ -5,7 +5,6 @@ That they are right is shown by test_embedding.py, all of whose tests run on the
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from typing import Any
 
@@ -56,8 +55,8 @@ def test_widths_at_the_edges_of_vectors_and_warps(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "counts",
     [
-        (RUN - 1,), (RUN,), (RUN + 1,), (3 * RUN,), (1, RUN), (1, 2 * RUN), (RUN, RUN), (0, RUN + 40, 1, 2 * RUN + 3, 0),
-        (31, 32, 33), (10, RUN + RUN - 11, 5),
+        (RUN - 1,), (RUN,), (RUN + 1,), (3 * RUN,), (1, RUN), (1, 2 * RUN), (RUN, RUN),
+        (0, RUN + 40, 1, 2 * RUN + 3, 0), (31, 32, 33), (10, RUN + RUN - 11, 5),
     ],
     ids=str,
 )  # fmt: skip

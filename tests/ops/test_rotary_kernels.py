@@ -214,7 +214,7 @@ def test_in_place_what_others_hold_of_it() -> None:
 
 
 def test_in_place_only_where_it_may_be() -> None:
-    """A leaf that needs its gradient, memory of which qkv is a part, strides, and the norm's input are left as they are;
+    """A leaf that needs its gradient, memory of which qkv is a part, strides, and the norm's input are left alone;
     without a gradient the memory is used all the same, and its version counted."""
     shape = Shape(2, 3, 2, 1, 16, 16, F32)
     run = shape.call(ops.rotary, may_overwrite=True)

@@ -1,4 +1,4 @@
-"""embedding: vectors and single elements, rows that do not fill a warp, ids that are not there, and whole runs of one."""
+"""embedding: vectors and single elements, rows that do not fill a warp, ids that are not there, whole runs of one."""
 
 from __future__ import annotations
 
