@@ -102,6 +102,7 @@ class Attention(nn.Module):
                 q_weight=self.q_norm,
                 k_weight=self.k_norm,
                 eps=self.eps,
+                may_overwrite=True,
             )
         q, k, v = qkv.split([H, KV, KV], dim=2)  # views: nothing is copied
         if not self.rotary and self.q_norm is not None:
@@ -295,7 +296,7 @@ class GPT(nn.Module):
 
         context = self._context(idx, cu_seqlens, cache)
         # the real rows alone, so that an id past the vocabulary is refused instead of reading padding
-        delta, residual = ops.embedding(idx, self.token_embedding.weight[: self.config.vocab_size]), None
+        delta, residual = ops.embedding(idx, self.token_embedding.weight, vocab_size=self.config.vocab_size), None
         if self.config.positions == "learned":
             table = self.position_embedding
             T = idx.shape[1]

@@ -24,6 +24,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (80, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "activations": (110, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
     "losses": (62, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
+    "rotary and embedding": (75, ("ops/test_rotary", "ops/test_embedding")),
     "ops": (60, ("ops/", "test_rule")),
     "static": (30, ("test_static",)),
     "emulator": (90, ("emulator/", "ptx/")),

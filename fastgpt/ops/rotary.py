@@ -15,9 +15,16 @@ Contract
     cos, sin     (T_max, R / 2) fp32 (or fp64), from `rotary_tables`; R <= D.
     positions    (B, T) or (T,) int32 or int64, in 0 .. T_max - 1; 0 .. T - 1 when not given, then T <= T_max.
     q_weight, k_weight   (D,), both or none, in qkv's dtype or fp32.
-    returns      (B, T, H + 2 KV, D), contiguous, in qkv's dtype: new memory. V is unchanged. Computed in fp32 (fp64 for
-                 fp64), rounded once.
+    returns      (B, T, H + 2 KV, D), contiguous, in qkv's dtype: new memory, or with may_overwrite perhaps qkv's. V is
+                 unchanged. Computed in fp32 (fp64 for fp64), rounded once.
+    may_overwrite   the caller has no more use for qkv's values. Kernels then rotate a contiguous qkv where it is, which
+                 leaves V untouched and so moves a third less (H = KV); with a norm, whose backward needs qkv, they do
+                 not. Autograd knows of it: what was saved of qkv before is refused in a backward.
+    a position that is not in the tables   is an IndexError on a CPU; kernels read nothing there, and the rotated
+                 dimensions of that token become NaN.
     ValueError   where a shape, dtype, device or option is otherwise; the same on every device.
+
+The kernels (csrc/rotary) are deterministic, never write the gradient from upstream, and have no second derivative.
 
 Sources: Su et al. 2021 (RoFormer), equation 34; the norm: Henry et al. 2020, Dehghani et al. 2023; scaling "linear":
 Chen et al. 2023; "llama3": Llama 3.1's published model code.
@@ -34,6 +41,7 @@ from torch import Tensor
 
 from fastgpt import native
 from fastgpt.ops import contract
+from fastgpt.ops.registry import contiguous_like, nothing_like, register
 
 
 def rotary(
@@ -47,13 +55,18 @@ def rotary(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    may_overwrite: bool = False,
 ) -> Tensor:
     """qkv (B, T, H + 2 KV, D) with its query and key heads rotated by cos, sin (T_max, R / 2).
 
     The contract is at the top of this file. Raises ValueError where it is broken.
     """
     _check(qkv, cos, sin, n_head, n_kv_head, positions, q_weight, k_weight, eps)
-    native.select(qkv, "rotary")
+    ops = native.select(qkv, "rotary")
+    if ops is not None:
+        qkv, _, q_weight, k_weight = contract.autocast_rows(qkv, None, q_weight, k_weight)
+        heads = (n_head, n_kv_head)
+        return _on_kernels(ops, qkv, cos, sin, positions, q_weight, k_weight, heads, eps, may_overwrite)
     return reference(
         qkv,
         cos,
@@ -216,3 +229,186 @@ def _check(
         if weight is not None:
             contract.check_channel_weight("rotary", name, weight, qkv)
     contract.check_eps("rotary", eps)
+
+
+# ---- kernels -------------------------------------------------------------------------------------------
+
+
+SCHEMAS = {
+    "rotary_forward": (
+        "(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int n_head, int n_kv_head) -> Tensor y"
+    ),
+    "rotary_forward_": ("(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int n_head, int n_kv_head) -> ()"),
+    "rotary_backward": (
+        "(Tensor d_y, Tensor cos, Tensor sin, Tensor? positions, int n_head, int n_kv_head) -> Tensor d_qkv"
+    ),
+    "rotary_norm_forward": (
+        "(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, Tensor q_weight, Tensor k_weight, int n_head, "
+        "int n_kv_head, float eps) -> Tensor y"
+    ),
+    # What is not needed is empty.
+    "rotary_norm_backward": (
+        "(Tensor d_y, Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, Tensor q_weight, Tensor k_weight, "
+        "int n_head, int n_kv_head, float eps, bool need_qkv, bool need_weights) "
+        "-> (Tensor d_qkv, Tensor d_q_weight, Tensor d_k_weight)"
+    ),
+}
+
+
+def _fake_norm_backward(
+    d_y: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    eps: float,
+    need_qkv: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        contiguous_like(qkv) if need_qkv else nothing_like(qkv),
+        contiguous_like(q_weight) if need_weights else nothing_like(q_weight),
+        contiguous_like(k_weight) if need_weights else nothing_like(k_weight),
+    )
+
+
+register(
+    SCHEMAS,
+    {
+        "rotary_forward": lambda qkv, *_: contiguous_like(qkv),
+        "rotary_forward_": lambda qkv, *_: None,
+        "rotary_backward": lambda d_y, *_: contiguous_like(d_y),
+        "rotary_norm_forward": lambda qkv, *_: contiguous_like(qkv),
+        "rotary_norm_backward": _fake_norm_backward,
+    },
+)
+
+
+def _on_kernels(
+    ops: Any,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    heads: tuple[int, int],
+    eps: float,
+    may_overwrite: bool,
+) -> Tensor:
+    compute = contract.accumulator(qkv.dtype)
+    at = (cos.to(compute), sin.to(compute), positions)
+    if q_weight is not None and k_weight is not None:
+        if contract.needs_gradient(qkv, q_weight, k_weight):
+            return _NormKernels.apply(ops, qkv, *at, q_weight, k_weight, *heads, eps)
+        return ops.rotary_norm_forward.default(qkv, *at, q_weight, k_weight, *heads, eps)
+    memory = _memory_of(qkv) if may_overwrite else None
+    if memory is not None:
+        return _InPlace.apply(ops, memory, qkv.shape, *at, *heads).view(qkv.shape)
+    if contract.needs_gradient(qkv):
+        return _Kernels.apply(ops, qkv, *at, *heads)
+    return ops.rotary_forward.default(qkv, *at, *heads)
+
+
+def _memory_of(qkv: Tensor) -> Tensor | None:
+    """The tensor to change in place for a new qkv; None where there is none.
+
+    Not qkv itself if it is a view of another: autograd would copy the whole gradient three times in the backward. But
+    then the other must be all of it, as the output of a linear layer is.
+    """
+    if torch.compiler.is_compiling() or not qkv.is_contiguous():  # a compiler plans its memory by itself
+        return None
+    memory = qkv._base if qkv._is_view() and qkv._base is not None else qkv
+    whole = memory.numel() == qkv.numel() and memory.is_contiguous()
+    return None if not whole or memory.dtype != qkv.dtype or (memory.is_leaf and memory.requires_grad) else memory
+
+
+class _Kernels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        n_head: int,
+        n_kv_head: int,
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.ops, ctx.heads = ops, (n_head, n_kv_head)
+        return ops.rotary_forward.default(qkv, cos, sin, positions, n_head, n_kv_head)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        contract.refuse_double_backward("rotary")
+        return None, ctx.ops.rotary_backward.default(d_y, *ctx.saved_tensors, *ctx.heads), *(None,) * 5
+
+
+class _InPlace(torch.autograd.Function):
+    """Of memory that holds qkv, whatever its shape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: Any,
+        memory: Tensor,
+        shape: torch.Size,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        n_head: int,
+        n_kv_head: int,
+    ) -> Tensor:
+        ops.rotary_forward_.default(memory.view(shape), cos, sin, positions, n_head, n_kv_head)
+        ctx.mark_dirty(memory)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.ops, ctx.shape, ctx.heads = ops, shape, (n_head, n_kv_head)
+        return memory
+
+    @staticmethod
+    def backward(ctx: Any, d_memory: Tensor) -> tuple[Tensor | None, ...]:
+        contract.refuse_double_backward("rotary")
+        d_y = d_memory.reshape(ctx.shape)
+        d_qkv = ctx.ops.rotary_backward.default(d_y, *ctx.saved_tensors, *ctx.heads)
+        return None, d_qkv.view(d_memory.shape), *(None,) * 6
+
+
+class _NormKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        n_head: int,
+        n_kv_head: int,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(qkv, cos, sin, positions, q_weight, k_weight)
+        ctx.ops, ctx.options = ops, (n_head, n_kv_head, eps)
+        return ops.rotary_norm_forward.default(qkv, cos, sin, positions, q_weight, k_weight, *ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        contract.refuse_double_backward("rotary")
+        need_qkv, need_q, need_k = (ctx.needs_input_grad[i] for i in (1, 5, 6))
+        d_qkv, d_q, d_k = ctx.ops.rotary_norm_backward.default(
+            d_y, *ctx.saved_tensors, *ctx.options, need_qkv, need_q or need_k
+        )
+        return (
+            None,
+            d_qkv if need_qkv else None,
+            *(None,) * 3,
+            d_q if need_q else None,
+            d_k if need_k else None,
+            *(None,) * 3,
+        )
