@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint as ckpt
-from fastgpt import train
+from fastgpt import estimate, train
 from fastgpt.config import CheckpointConfig, EvalConfig, OptimConfig
 from fastgpt.metrics import read_metrics
 from tests.synthetic import text_ids, write_dataset
@@ -78,6 +78,9 @@ def stop(place: str, number: int, count: int) -> None:
         "save": (ckpt, "_write_tensors"),  # the second file of a checkpoint, say
         "pruning": (ckpt.Keeper, "_prune"),
         "metrics": (train.MetricsLog, "write"),
+        "measuring": (train, "measure_precision"),
+        "building": (train, "GPT"),
+        "warnings": (estimate, "load_warning"),
     }[place]
     before(owner, name, come)
 
@@ -242,9 +245,10 @@ def child(request: dict[str, Any]) -> None:
     try:
         for name, arguments in request["actions"]:
             next(action for action in ACTIONS if action.__name__ == name)(*arguments)
-        from fastgpt.cli import main
+        from fastgpt.__main__ import main
 
-        code = main(["train", *request["argv"]])
+        sys.argv = ["fastgpt", "train", *request["argv"]]
+        code = main()
         for action in AFTERWARDS:
             action()
     except BaseException:
@@ -480,6 +484,29 @@ def test_a_run_stopped_everywhere_equals_one_never_stopped(runs, precision, opti
     assert reached[0] == "step-00000001" and reached == sorted(reached) and reached[-1] < "step-00000024"
     assert_same_run(runs.finish("run", parts, **changes), whole)
     assert (runs.folder / "parts").read_text() == (runs.folder / "all").read_text(), "no sample is repeated or skipped"
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("place", ["measuring", "building", "warnings"])
+def test_a_signal_before_the_first_step_is_one_line_and_leaves_nothing(runs, place, number, word):
+    """Its folder is already made and held."""
+    argv = ("--out_dir", str(runs.folder / "below" / "run"))
+    changes = dict(precision="auto") if place == "measuring" else {}
+    run = runs.start("run", ["stop", [place, number, 1]], argv=argv, **changes)
+    assert run.wait() == 128 + number
+    *before, line = run.said().splitlines()
+    assert [words[:10] for words in before] == (["measuring "] if place == "measuring" else [])
+    assert line == f"fastgpt: {word}; nothing was trained, and nothing written"
+    assert not (runs.folder / "below").exists()
+
+
+def test_a_second_signal_ends_the_process_at_once(runs):
+    """In the midst of the save that the first one asked for; and nothing is corrupted."""
+    whole = runs.finish("whole")
+    run = runs.start("run", ["stop", ["step", signal.SIGINT, 3]], ["stop", ["save", signal.SIGINT, 2]])
+    assert run.wait() == 128 + signal.SIGINT
+    assert leftovers(runs.folder / "run") == [".saving-step-00000002"]
+    assert_same_run(runs.finish("run"), whole)
 
 
 @pytest.mark.parametrize("step", [7, 8])
