@@ -542,7 +542,7 @@ def test_a_run_that_never_reaches_its_learning_rate_says_so(inside, capsys, tmp_
 
 
 def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
-    assert "runs/a" in refusal(capsys, "train", *TINY, "--out_dir", "runs/a")
+    assert "runs/a" in refusal(capsys, "train", *TINY, "--out_dir", "runs/a", "--steps", "1")
     held = tmp_path / "held"
     held.mkdir()
     lock = FolderLock(held)
@@ -668,8 +668,10 @@ def test_a_resume_that_cannot_be_is_refused_and_changes_nothing(inside, capsys, 
     assert json.loads(Path("other data/dataset.json").read_text())["vocab_size"] == vocab_size
     capsys.readouterr()
     found = Path("runs/a/checkpoints/step-00000005")
-    shutil.copytree(found, "damaged")
-    damaged = Path("damaged/model.safetensors")
+    shutil.copytree("runs/a", "runs/b")
+    newest = Path("runs/b/checkpoints/step-00000005")
+    shutil.copytree(newest, newest.with_name("step-00000004"))  # to which nobody who named the newest may be led
+    damaged = newest / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
@@ -679,7 +681,7 @@ def test_a_resume_that_cannot_be_is_refused_and_changes_nothing(inside, capsys, 
 
     before = everything()
     for words, reason in {
-        ("damaged", "--out_dir", "new"): "damaged/model.safetensors is damaged (its checksum does not match",
+        (newest, "--out_dir", "new"): f"{damaged} is damaged (its checksum does not match",
         (found, "--out_dir", "new", "--model.n_layer", "2"): f"{found} holds another model: model.n_layer: 1 -> 2",
         (found, "--out_dir", "new", "--data.path", "other data"): f"{found} has another tokenizer (sha256 ",
         ("auto", "--out_dir", "runs/a", "--model.n_head", "1"): "holds another model: model.n_head: 2 -> 1",
