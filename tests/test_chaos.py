@@ -105,8 +105,9 @@ def note_batches(path: str) -> None:
 
 
 def save_killed(run: str, call: int) -> None:
-    """Instead of a run: save its newest checkpoint as the next step's, and be killed before the call-th call through
-    which a save reaches the disk. Ends with the number of calls where there were not so many."""
+    """Instead of a run: save its newest checkpoint as the next step's, which deletes the one before, and be killed
+    before the call-th call through which that reaches the disk. Ends with the number of calls where there were not so
+    many."""
     made = 0
 
     def count(*args, **kwargs) -> None:
@@ -116,10 +117,11 @@ def save_killed(run: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     found = ckpt.latest(run)
-    for name in ("fsync", "replace", "mkdir"):
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
         before(os, name, count)
     state = {key: found.state[key] for key in ("config", "progress")}
-    ckpt.save(run, found.state["step"] + 1, found.weights, found.optimizer, state)
+    keeper = ckpt.Keeper(run, 1, print)
+    keeper.save(found.state["step"] + 1, found.weights, found.optimizer, state, best_step=None)
     os._exit(made)
 
 
@@ -441,17 +443,20 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint(runs):
         return runs.start("save", ["save_killed", [str(copy), call]]).wait()
 
     calls = save_until(call=10**6)
-    assert calls >= 6
-    assert ckpt.latest(copy).state["step"] == 2
+    assert [path.name for path in ckpt.steps_on_disk(copy)] == ["step-00000002"] and calls >= 10
+    reached = []
     for call in range(1, calls + 1):
         assert save_until(call) == -signal.SIGKILL
+        for path in ckpt.steps_on_disk(copy):
+            ckpt.load(path)  # half saved or half deleted, it has no such name
         found = ckpt.latest(copy, pytest.fail)
-        renamed = found.state["step"] == 2
-        assert not renamed or call == calls, "only the last sync comes after the rename"
-        if not renamed:
+        reached.append(found.state["step"])
+        if reached[-1] == 1:
             ckpt.save(copy, 2, found.weights, found.optimizer, {})  # and saving the same step again works
+        ckpt.Keeper(copy, 1, pytest.fail).tidy(2)
         assert ckpt.latest(copy, pytest.fail).state["step"] == 2
         assert all(path.name.startswith("step-") for path in (copy / "checkpoints").iterdir())
+    assert reached == sorted(reached) and set(reached) == {1, 2}
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fastgpt.errors import UserError
 from fastgpt.estimate import Estimate, activation_bytes, estimate, report, state_bytes
 from fastgpt.files import FolderLock
 from fastgpt.interrupts import Terminated
+from tests.conftest import processor_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -72,10 +73,10 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.stdout.splitlines()[-1] == "[0, 0, 0] []", done.stderr
     seconds = []
-    for _ in range(5):  # the quickest, since other programs may be running
-        began = time.perf_counter()
+    for _ in range(3):  # of a processor, and the quickest: other programs may be running
+        before = processor_seconds()
         assert start().wait() == 0
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds() - before)
     assert min(seconds) < 0.5
 
 
@@ -241,18 +242,19 @@ def other_value(flag: arguments.Flag, default: object) -> tuple[str, object]:
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, cli.SampleConfig, RopeScaling])
-@pytest.mark.parametrize("hyphens", [False, True])
-def test_every_field_is_a_flag(cls, hyphens):
+def test_every_field_is_a_flag(cls):
     """Spelled as the field or with hyphens; checked and converted as its class does."""
-    for name, flag in arguments.flags(cls).items():
+    known = arguments.flags(cls)
+    for name, flag in known.items():
         section, _, field = name[2:].rpartition(".")
         holder = cls()
         for part in filter(None, section.split(".")):
             holder = getattr(holder, part) if getattr(holder, part) is not None else RopeScaling()
         text, value = other_value(flag, getattr(holder, field))
-        spelled = name.replace("_", "-") if hyphens else name
+        hyphens = "--" + name[2:].replace("_", "-")
+        assert arguments.check([hyphens, text], known, "x") == arguments.check([name, text], known, "x")
         try:
-            (config,), _ = arguments.parse([spelled, text], [cls()], prog="x", description="")
+            (config,), _ = arguments.parse([hyphens, text], [cls()], prog="x", description="")
         except ValueError as error:  # right by itself, but not beside the other fields' defaults
             assert any(w in str(error) for w in ("multiple", "divisor", "even whole")), name
             continue
@@ -530,7 +532,7 @@ def test_a_run_leaves_what_it_should(inside):
 def test_training_prints_plain_lines_where_there_is_no_terminal(inside, capsys, tmp_path):
     assert run("train", *TINY, "--steps", "2", "--out_dir", str(tmp_path / "b")) == 0
     out = capsys.readouterr().out
-    assert "step 2/2" in out and "\x1b" not in out and "\r" not in out
+    assert "step 1/2  loss " in out and "step 2/2  loss " in out and "\x1b" not in out and "\r" not in out
 
 
 def test_a_run_that_never_reaches_its_learning_rate_says_so(inside, capsys, tmp_path):
