@@ -1,15 +1,18 @@
-"""`python -m fastgpt` is `fastgpt`. A Ctrl-C is answered in one line from here on, before anything else is imported."""
+"""`python -m fastgpt` is `fastgpt`. A Ctrl-C and a SIGTERM are answered in one line from here on, before anything else
+is imported."""
 
 import sys
+
+from .interrupts import answer, catch_sigterm
 
 
 def main() -> int:
     """`cli.main` for sys.argv."""
     try:
+        catch_sigterm()
         from .cli import main as run
-    except KeyboardInterrupt:
-        print("fastgpt: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return answer(interrupt)
     return run()
 
 

@@ -1,8 +1,8 @@
 """The command line: `fastgpt COMMAND ...`, also `python -m fastgpt`.
 
 Exit codes: 0 done; 1 the thing looked at is not in order (`data verify`, `doctor`); 2 refused, with one line on
-stderr; 75 a signal came, training was saved and `--resume auto` goes on; 130 interrupted; 141 the reader of stdout
-has gone. FASTGPT_DEBUG=1 shows the traceback behind a refusal.
+stderr; 75 a signal came, training was saved and `--resume auto` goes on; 130 interrupted; 143 terminated; 141 the
+reader of stdout has gone. FASTGPT_DEBUG=1 shows the traceback behind a refusal.
 
 Everything heavy is imported inside the command that needs it: the help answers without torch.
 """
@@ -16,9 +16,7 @@ import errno
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,8 +36,9 @@ from .config import (
     read_table,
 )
 from .errors import UserError
+from .interrupts import answer, catch_sigterm, let_go, whole_imports
 
-EXIT_NOT_IN_ORDER, EXIT_REFUSED, EXIT_SIGINT, EXIT_SIGPIPE = 1, 2, 130, 141
+EXIT_NOT_IN_ORDER, EXIT_REFUSED, EXIT_SIGPIPE = 1, 2, 141
 
 # Where a command needs a package that is not there.
 REMEDIES = {"torch": "pip install torch", "tomli_w": "pip install tomli-w"}
@@ -144,7 +143,7 @@ def prepare(argv: list[str], prog: str) -> int:
         return _print(config.to_toml())
     if not config.inputs:
         raise UserError(f"{prog} needs files or folders to read: {prog} INPUT... --out_dir {config.out_dir}")
-    with _whole_imports():
+    with whole_imports():
         from .data import prepare as prepare_data
 
     if options.dry_run:
@@ -153,9 +152,9 @@ def prepare(argv: list[str], prog: str) -> int:
         return _print(report(plan(config), config) + "\n")
     try:
         prepare_data(config)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         begun = (Path(config.out_dir) / "prepare.json").exists()
-        raise KeyboardInterrupt("the same command goes on from here" if begun else "nothing was written") from None
+        raise type(interrupt)("the same command goes on from here" if begun else "nothing was written") from None
     with contextlib.suppress(OSError):  # a closed stderr is no matter
         folder = shlex.quote(config.out_dir)
         command = f"{_program()} train --preset tiny --data.path {folder} --batch_tokens 4096 --out_dir runs/first"
@@ -222,9 +221,9 @@ def train(argv: list[str], prog: str) -> int:
     with _output_may_fail(), out_of_memory_explained(config):
         from .machine import OtherLoad
 
-        others = OtherLoad()
+        others, trainer = OtherLoad(), None
         try:
-            with _whole_imports():
+            with whole_imports():
                 from .estimate import load_warning, plan_warnings
                 from .progress import ConsoleProgress
                 from .train import EXIT_INTERRUPTED, Trainer
@@ -233,10 +232,12 @@ def train(argv: list[str], prog: str) -> int:
             trainer = Trainer(
                 config, resume=options.resume, allow_changes=options.allow_changes, callbacks=[ConsoleProgress()]
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was trained, and nothing written") from None
-        for warning in [*plan_warnings(config, trainer.data.tokens), *load_warning(trainer.device, load)]:
-            trainer.warn(warning)
+            for warning in [*plan_warnings(config, trainer.data.tokens), *load_warning(trainer.device, load)]:
+                trainer.warn(warning)
+        except KeyboardInterrupt as interrupt:
+            if trainer is not None:
+                trainer.abandon()
+            raise type(interrupt)("nothing was trained, and nothing written") from None
         begun = trainer.progress.step
         trainer.fit()
         command = f"{_program()} train --resume auto --out_dir {shlex.quote(config.out_dir)}"
@@ -257,7 +258,7 @@ def _is_over(step: int, steps: int, command: str) -> str:
 
 def _train_dry_run(config: TrainConfig, options: TrainOptions) -> int:
     """What a run would take, or what is left of the one that would be resumed, which is refused as it would be."""
-    with _whole_imports():
+    with whole_imports():
         from .data import Dataset
         from .estimate import estimate, report
         from .resume import check_same_run, find_checkpoint
@@ -278,23 +279,6 @@ def _warn(message: str) -> None:
     print(f"fastgpt: warning: {message}", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _whole_imports() -> Iterator[None]:
-    """A Ctrl-C comes when the imports inside are done: what one of them says when it is cut short is its own affair."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
-
-
 def sample(argv: list[str], prog: str) -> int:
     """Continue a prompt with a trained model, as it is written."""
     (config,), (run,) = arguments.parse(
@@ -305,7 +289,7 @@ def sample(argv: list[str], prog: str) -> int:
         positional=Positional("RUN", "the folder of a run, or of one of its checkpoints"),
     )
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    with _whole_imports():
+    with whole_imports():
         import torch
 
         from .checkpoint import load_model
@@ -529,11 +513,11 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (sys.argv when not given) and return its exit code."""
-    code = _main(list(sys.argv[1:] if argv is None else argv))
-    own_process = argv is None and threading.current_thread() is threading.main_thread()
-    if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # All is done and written: from now on a Ctrl-C only ends Python's own clearing up, without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if argv is not None:  # called by a program, whose signals are its own
+        return _main(list(argv))
+    catch_sigterm()
+    code = _main(sys.argv[1:])
+    let_go()
     return code
 
 
@@ -556,9 +540,7 @@ def _main(argv: list[str]) -> int:
         _silence(sys.stdout)
         return EXIT_SIGPIPE
     except KeyboardInterrupt as interrupt:
-        begin = "\n" if sys.stderr.isatty() else ""  # after what the terminal shows of the key
-        print(f"{begin}fastgpt: {'; '.join(['interrupted', *map(str, interrupt.args)])}", file=sys.stderr)
-        return EXIT_SIGINT
+        return answer(interrupt)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in ("", "fastgpt"):

@@ -147,6 +147,10 @@ class Trainer:
         self.log: MetricsLog | None = None
         self._stop: signal.Signals | None = None
 
+    def abandon(self) -> None:
+        """Instead of `fit`: let go of the run's folder, and remove it if it was made here and is empty."""
+        self._lock.undo()
+
     # ---- the loop ------------------------------------------------------------------------------
 
     def fit(self) -> Progress:

@@ -8,6 +8,7 @@ slow do not count. To mend an overrun, make the tests of that area quicker.
 from __future__ import annotations
 
 import os
+import signal
 import time
 import timeit
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# A shell starts what runs in the background with SIGINT ignored, and so it would be in every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Area -> (seconds, the files: their names begin so). Two and a half times what was measured with one thread each.
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {

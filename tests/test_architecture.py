@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastgpt"
 # A module imports only from lines above its own; names on one line are independent of each other.
 # A package (ops, data, native, demo) counts as one name; inside it the files may import each other.
 LAYERS = [
-    {"errors", "config", "files", "machine", "units"},
+    {"errors", "config", "files", "interrupts", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
     {"ops", "tokenizer"},
     {"model", "optim", "data", "accuracy"},
@@ -124,7 +124,7 @@ def test_every_exception_is_still_needed():
 
 
 def test_leaves_import_nothing_local():
-    for name in ("config", "errors", "machine", "units"):
+    for name in ("config", "errors", "interrupts", "machine", "units"):
         assert not local_imports(PACKAGE / f"{name}.py")
 
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint as ckpt
-from fastgpt import train
+from fastgpt import estimate, train
 from fastgpt.config import CheckpointConfig, EvalConfig, OptimConfig
 from fastgpt.metrics import read_metrics
 from tests.synthetic import text_ids, write_dataset
@@ -78,6 +78,9 @@ def stop(place: str, number: int, count: int) -> None:
         "save": (ckpt, "_write_tensors"),  # the second file of a checkpoint, say
         "pruning": (ckpt.Keeper, "_prune"),
         "metrics": (train.MetricsLog, "write"),
+        "measuring": (train, "measure_precision"),
+        "building": (train, "GPT"),
+        "warnings": (estimate, "load_warning"),
     }[place]
     before(owner, name, come)
 
@@ -102,8 +105,9 @@ def note_batches(path: str) -> None:
 
 
 def save_killed(run: str, call: int) -> None:
-    """Instead of a run: save its newest checkpoint as the next step's, and be killed before the call-th call through
-    which a save reaches the disk. Ends with the number of calls where there were not so many."""
+    """Instead of a run: save its newest checkpoint as the next step's, which deletes the one before, and be killed
+    before the call-th call through which that reaches the disk. Ends with the number of calls where there were not so
+    many."""
     made = 0
 
     def count(*args, **kwargs) -> None:
@@ -113,10 +117,11 @@ def save_killed(run: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     found = ckpt.latest(run)
-    for name in ("fsync", "replace", "mkdir"):
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
         before(os, name, count)
     state = {key: found.state[key] for key in ("config", "progress")}
-    ckpt.save(run, found.state["step"] + 1, found.weights, found.optimizer, state)
+    keeper = ckpt.Keeper(run, 1, print)
+    keeper.save(found.state["step"] + 1, found.weights, found.optimizer, state, best_step=None)
     os._exit(made)
 
 
@@ -242,9 +247,10 @@ def child(request: dict[str, Any]) -> None:
     try:
         for name, arguments in request["actions"]:
             next(action for action in ACTIONS if action.__name__ == name)(*arguments)
-        from fastgpt.cli import main
+        from fastgpt.__main__ import main
 
-        code = main(["train", *request["argv"]])
+        sys.argv = ["fastgpt", "train", *request["argv"]]
+        code = main()
         for action in AFTERWARDS:
             action()
     except BaseException:
@@ -437,17 +443,20 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_complete_checkpoint(runs):
         return runs.start("save", ["save_killed", [str(copy), call]]).wait()
 
     calls = save_until(call=10**6)
-    assert calls >= 6
-    assert ckpt.latest(copy).state["step"] == 2
+    assert [path.name for path in ckpt.steps_on_disk(copy)] == ["step-00000002"] and calls >= 10
+    reached = []
     for call in range(1, calls + 1):
         assert save_until(call) == -signal.SIGKILL
+        for path in ckpt.steps_on_disk(copy):
+            ckpt.load(path)  # half saved or half deleted, it has no such name
         found = ckpt.latest(copy, pytest.fail)
-        renamed = found.state["step"] == 2
-        assert not renamed or call == calls, "only the last sync comes after the rename"
-        if not renamed:
+        reached.append(found.state["step"])
+        if reached[-1] == 1:
             ckpt.save(copy, 2, found.weights, found.optimizer, {})  # and saving the same step again works
+        ckpt.Keeper(copy, 1, pytest.fail).tidy(2)
         assert ckpt.latest(copy, pytest.fail).state["step"] == 2
         assert all(path.name.startswith("step-") for path in (copy / "checkpoints").iterdir())
+    assert reached == sorted(reached) and set(reached) == {1, 2}
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------
@@ -480,6 +489,29 @@ def test_a_run_stopped_everywhere_equals_one_never_stopped(runs, precision, opti
     assert reached[0] == "step-00000001" and reached == sorted(reached) and reached[-1] < "step-00000024"
     assert_same_run(runs.finish("run", parts, **changes), whole)
     assert (runs.folder / "parts").read_text() == (runs.folder / "all").read_text(), "no sample is repeated or skipped"
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("place", ["measuring", "building", "warnings"])
+def test_a_signal_before_the_first_step_is_one_line_and_leaves_nothing(runs, place, number, word):
+    """Its folder is already made and held."""
+    argv = ("--out_dir", str(runs.folder / "below" / "run"))
+    changes = dict(precision="auto") if place == "measuring" else {}
+    run = runs.start("run", ["stop", [place, number, 1]], argv=argv, **changes)
+    assert run.wait() == 128 + number
+    *before, line = run.said().splitlines()
+    assert [words[:10] for words in before] == (["measuring "] if place == "measuring" else [])
+    assert line == f"fastgpt: {word}; nothing was trained, and nothing written"
+    assert not (runs.folder / "below").exists()
+
+
+def test_a_second_signal_ends_the_process_at_once(runs):
+    """In the midst of the save that the first one asked for; and nothing is corrupted."""
+    whole = runs.finish("whole")
+    run = runs.start("run", ["stop", ["step", signal.SIGINT, 3]], ["stop", ["save", signal.SIGINT, 2]])
+    assert run.wait() == 128 + signal.SIGINT
+    assert leftovers(runs.folder / "run") == [".saving-step-00000002"]
+    assert_same_run(runs.finish("run"), whole)
 
 
 @pytest.mark.parametrize("step", [7, 8])

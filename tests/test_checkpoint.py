@@ -93,8 +93,9 @@ def test_damage_is_found_and_the_one_before_is_used_loudly(tmp_path, file, damag
         content = b""
     victim.unlink() if damage == "missing" else victim.write_bytes(content)
 
-    with pytest.raises(UserError, match=file if file != ckpt.STATE or damage != "missing" else "not a checkpoint"):
-        ckpt.load(newest)  # named by the user: no fallback
+    for named in (ckpt.load, ckpt.resolve):  # by the user: no fallback
+        with pytest.raises(UserError, match=file if file != ckpt.STATE or damage != "missing" else "not a checkpoint"):
+            named(newest)
     warnings = []
     assert ckpt.latest(tmp_path, warnings.append).state["step"] == 1
     assert len(warnings) == 1 and str(newest) in warnings[0]

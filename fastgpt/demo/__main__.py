@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from ..config import PrepareConfig, TrainConfig, _Config, _number
 from ..errors import UserError
+from ..interrupts import exit_code
 from ..units import duration, short_number
 
 TIMED_STEPS = 20
@@ -92,9 +93,9 @@ class Demo:
             self.judge_functions()
             if self.config.speed_seconds:
                 self.compare_speed()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             self.screen.line("stopped", f"{self.folder} holds what there is so far")
-            return 130
+            return exit_code(interrupt)
         self.say_goodbye()
         return 0
 

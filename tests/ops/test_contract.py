@@ -165,9 +165,12 @@ def test_strides_do_not_matter_or_are_refused(name):
                 continue
             laid_out = changed(make(), place, lambda t, layout=layout: in_layout(t, layout))
             plain = changed(make(), place, lambda t, layout=layout: in_layout(t, layout).contiguous())
-            if isinstance(said := outcome(op, changed(make(), place, lambda t, x=layout: in_layout(t, x))), str):
+            said = outcome(op, changed(make(), place, lambda t, x=layout: in_layout(t, x)))
+            if isinstance(said, str):
                 assert "contiguous" in said, f"{place} {layout}: {said}"
                 continue
+            forms = outcome(op, changed(make(), place, lambda t, x=layout: in_layout(t, x).contiguous()))
+            assert said == forms, f"{place} {layout}: what comes out is laid out otherwise"
             for a, b in zip(everything(laid_out), everything(plain), strict=True):
                 torch.testing.assert_close(a, b, msg=lambda m, where=(place, layout): f"{where}: {m}")
 
