@@ -225,6 +225,13 @@ struct Gradient {
   }
 };
 
+// Asks for one of a row's vectors to be copied, if there is such a one.
+template <int kSize, class T>
+__device__ __forceinline__ void request(T* row_in_shared, const T* row, int vector, int vectors) {
+  if (in_bounds(vector, vectors)) cp_async(row_in_shared + vector * kSize, row + vector * kSize);
+  cp_async_commit();
+}
+
 // ---- kernels --------------------------------------------------------------------------------------------------
 
 template <class T, int kSize, class Tile>
@@ -244,14 +251,14 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
     Seen<A> seen;
     if (!target.ignored) {
       if constexpr (kSize > 1) {
-        const auto request = [&](int vector) {
-          if (in_bounds(vector, kept)) cp_async(in_shared(vector), in_memory(vector));
-          cp_async_commit();
-        };
+        if (kept > 0) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) request(lane + i * Tile::kRowThreads);
+          for (int i = 0; i < kAhead; ++i) {
+            request<kSize>(in_shared(0), in_memory(0), lane + i * Tile::kRowThreads, kept);
+          }
+        }
         for (int vector = lane; vector < kept; vector += Tile::kRowThreads) {
-          request(vector + kAhead * Tile::kRowThreads);
+          request<kSize>(in_shared(0), in_memory(0), vector + kAhead * Tile::kRowThreads, kept);
           cp_async_wait<kAhead>();
           seen.add(load<kSize>(in_shared(vector)), p, vector * kSize, target.column);
         }
@@ -291,7 +298,7 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
     }
     for (int vector = min(kept, read) + lane; vector < p.columns / kSize; vector += Tile::kRowThreads) {
       Vec<T, kSize> x{};
-      if (in_bounds(vector, read)) x = load<kSize>(in_memory(vector));
+      if (vector < read) x = load<kSize>(in_memory(vector));  // padding need not be read
       write(vector, x);
     }
   }
@@ -306,7 +313,7 @@ __global__ __launch_bounds__(kBackwardThreads) void cross_entropy_backward_kerne
   const A* const known = static_cast<const A*>(p.known) + 2 * here.row;
   const Gradient<T, A> gradient(p, target, static_cast<const A*>(p.d_losses)[here.row], known[0], known[1]);
   Vec<T, kSize> x{};
-  if (!target.ignored && in_bounds<int64_t>(here.column, p.vocab_size)) x = load<kSize>(here.in<T>(p.logits));
+  if (!target.ignored && here.column < p.vocab_size) x = load<kSize>(here.in<T>(p.logits));
   store(here.in<T>(p.d_logits, p.d_stride), gradient.of(x, p, int(here.column)));
 }
 
