@@ -1,6 +1,6 @@
 // Rows of a table by id, and the gradient of the table.
 //
-// Forward: a warp copies a row, 16 bytes a lane at a time, so that an id is read once for 512 bytes. There is nothing to
+// Forward: a warp copies a row, 16 bytes a lane at a time: an id is read once for 512 bytes. There is nothing to
 // compute.
 //
 // Backward: many places may have the same id, and their gradients must be added up in an order that never changes. The
@@ -12,7 +12,7 @@
 // Text has ids that take a twentieth of all places, and a batch of padding has one that takes all: a single warp would
 // be busy with it long after the others are done. So what fills a whole run of kRun sorted places is added up
 // beforehand, every run by a warp of its own (embedding_runs_kernel), and the warp of the row adds up those sums. It is
-// the same order of additions every time, so the result is, too; nothing is atomic. All this is chosen by arithmetic; no
+// the same order of additions every time, so the result is, too; nothing is atomic. This is chosen by arithmetic; no
 // time on a GPU has been taken so far.
 
 #include "embedding/embedding.h"
@@ -60,7 +60,7 @@ __global__ __launch_bounds__(kThreads) void embedding_forward_kernel(EmbeddingFo
   }
 }
 
-// sums += d_y[order[i]] from this lane's column on, for begin <= i < end. All lanes of a warp are here; those beyond the
+// sums += d_y[order[i]] from this lane's column on, for begin <= i < end. All of a warp are here; those beyond the
 // last column read what the first lane reads, which costs nothing and saves a branch in the loop.
 template <class T, int kSize, class A>
 __device__ __forceinline__ void add_places(const EmbeddingBackward& p, int64_t begin, int64_t end, int64_t column,

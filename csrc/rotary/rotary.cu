@@ -4,8 +4,8 @@
 // sines once, for all heads: per token they are few beside the heads, but not if every head read them again. So a lane
 // keeps its place within a head, and goes from head to head.
 //
-// A place is a pair of vectors, or a slot: kSize neighbours of the first half of what is rotated and their partners half
-// of it further on. What is not rotated (the rest of a head) makes slots too, of two vectors side by side. With heads of
+// A place is a pair of vectors, a slot: kSize neighbours of the first half of what is rotated, and their partners half
+// of it further on. What is not rotated (the rest of a head) makes slots too, of two vectors side by side. For heads of
 // 64 and 16 bits a head has four slots, and the warp works on eight heads at a time: whole lines of memory in each
 // access. The number of lanes for a head is a power of two, so of heads of 96 a quarter of the lanes idles.
 //
@@ -15,12 +15,12 @@
 // With the norm, the lanes of a head add up its squares by shuffles. Blocks stay (a grid of as many as run at a time),
 // for each block keeps the two weights in shared memory. Their gradients are sums over all tokens: a lane adds up those
 // of its slot over a run of tokens, a block its lanes' in a fixed order into one row of `partials`, and a second kernel
-// adds those up in double. There are no atomics, so the result is the same every time. With these sums a thread needs 160
+// adds those up in double. There are no atomics, so the result is the same every time. Such a thread needs 160
 // registers, so the backward has 12 warps on a multiprocessor, where the forward has 16.
 //
 // With kSize = 1 the same kernels serve everything: widths that are no multiple of a vector, memory that does not begin
 // at one. Then a lane may have many slots of a head, and with the norm reads them once more from the cache; and the
-// weights' gradients have a kernel of their own. All this is chosen by counted bytes and registers; no time on a GPU has
+// weights' gradients have a kernel of their own. All this is chosen by bytes and registers; no time on a GPU has
 // been taken so far.
 
 #include "rotary/rotary.h"
@@ -428,7 +428,7 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
   }
 }
 
-// The generic path's partial sums: a thread for each channel of queries (y = 0) or keys (y = 1), and each run of tokens.
+// The generic path's partial sums: a thread for each channel of queries (y = 0) or keys (y = 1) and run of tokens.
 template <class T>
 __global__ __launch_bounds__(kThreads) void rotary_norm_partials_kernel(RotaryNormBackward p) {
   using A = Wide<T>;
