@@ -301,16 +301,19 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return ["  " + "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _about(library: dict[str, Any]) -> str:
-    """Why a library is in its state, and what it was built from and for."""
+def _about(head: list[str], library: dict[str, Any]) -> list[list[str]]:
+    """Rows that begin with `head`: what a library was built from and for, what it has, or why it is in its state."""
     built = library["built"]
     if not built:
-        return library["reason"]
+        return [[*head, library["reason"]]]
     by = [built["compiler"]] if "compiler" in built else []
     if "nvcc" in built:
         archs = f"{', '.join(built['archs'])} ({built['archs_from']})"
         by.insert(0, f"nvcc {built['nvcc']} for {archs}")
-    return f"{library['reason']}; built by {', '.join(by)}, for torch {built['torch_target']} and newer"
+    return [
+        [*head, f"built by {', '.join(by)}, for torch {built['torch_target']} and newer"],
+        ["", "", library["reason"]],
+    ]
 
 
 def _why(op: dict[str, Any]) -> str:
@@ -370,7 +373,9 @@ def report(facts: dict[str, Any]) -> str:
 
     if facts["libraries"]:
         lines += ["", "Compiled kernels:"]
-        lines += _aligned([[row["library"], row["state"], _about(row)] for row in facts["libraries"]])
+        lines += _aligned(
+            [cells for row in facts["libraries"] for cells in _about([row["library"], row["state"]], row)]
+        )
         tools = facts["toolchain"]
         names = {"nvcc": "nvcc", "compiler": "g++", "headers": "CUDA headers"}
         rows = [[shown, tools.get(name) or tools["missing"].get(name, "")] for name, shown in names.items()]
