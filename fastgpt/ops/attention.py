@@ -349,7 +349,7 @@ class _Blocks:
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, batched; total may be wider than a and b.
 
-    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most: some CPUs' sum one after the other, and over the
+    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most: some CPUs sum one after the other, and over the
     rows of all the heads that share keys the largest errors were more than twice those of a GEMM for each head.
     """
     if total.dtype == a.dtype:
