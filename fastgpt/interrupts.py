@@ -23,7 +23,8 @@ def answer(interrupt: KeyboardInterrupt) -> int:
     """Say on stderr what came, and what it left if that is known; return the exit code."""
     word = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
     begin = "\n" if sys.stderr.isatty() else ""  # after what the terminal shows of the key
-    print(f"{begin}fastgpt: {'; '.join([word, *map(str, interrupt.args)])}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # whoever read it may have gone with the same key
+        print(f"{begin}fastgpt: {'; '.join([word, *map(str, interrupt.args)])}", file=sys.stderr, flush=True)
     return exit_code(interrupt)
 
 

@@ -50,8 +50,10 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         # -S: `site` would take as long as all of fastgpt's imports, for paths that are on sys.path already and for the
         # hook of an editable install, whose folder is named here. tiktoken is imported before the encoder comes.
-        paths = [*sys.path, str(Path(__file__).parents[2])]
+        paths = [*(path for path in sys.path if isinstance(path, str)), str(Path(__file__).parents[2])]
+        # Signals to the whole group are the caller's to answer, from the first moment on; it ends the workers.
         code = (
+            "import signal; [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]; "
             f"import sys; sys.path[:] = {paths!r}; import tiktoken; from fastgpt.data.worker import serve; "
             "serve(int(sys.argv[1]))"
         )

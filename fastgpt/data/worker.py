@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import marshal
-import signal
 import struct
 from typing import Any
 
@@ -57,7 +56,6 @@ class Channel:
 def serve(handle: int) -> None:
     """Take an Encoder's parts, then those of pieces, and send back what each became: the fields of an Encoded, or what
     is wrong with the `input`, or how it `failed`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends the workers
     channel = Channel(handle)
     with contextlib.suppress(EOFError, OSError):
         (tokenizer, text_field, errors), _ = channel.receive()

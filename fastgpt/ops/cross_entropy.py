@@ -60,7 +60,8 @@ def cross_entropy(
     contract.check_rows("cross_entropy", "logits", logits)
     check_targets("cross_entropy", "logits", logits, targets)
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, logits.shape[-1])
-    if overwrite_logits and logits.is_leaf and logits.requires_grad:
+    owner = logits._base if logits._is_view() else logits
+    if overwrite_logits and owner.is_leaf and owner.requires_grad:
         raise ValueError("cross_entropy: overwrite_logits is not for a leaf: its values would become its gradient")
     ops = native.select(logits, "cross_entropy")
     if ops is None or contract.transformed():
@@ -210,7 +211,7 @@ class _Kernels(torch.autograd.Function):
             ctx.ops.cross_entropy_gradient_.default(logits, targets, d_losses, *ctx.options)
             # Autograd is to know, so that no other backward takes them for the logits.
             torch.autograd.graph.increment_version(logits)
-            d_logits = logits
+            d_logits = logits.detach()  # the memory alone: a gradient has no graph
         else:
             d_logits = ctx.ops.cross_entropy_backward.default(d_losses, logits, targets, peak_and_sum, *ctx.options)
         return None, d_logits, None, None, None

@@ -297,8 +297,13 @@ def test_what_autograd_still_needs_is_never_corrupted() -> None:
     loss = ops.cross_entropy(x.tanh(), targets, overwrite_logits=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    with pytest.raises(ValueError, match="overwrite_logits is not for a leaf"):
-        ops.cross_entropy(x, targets, overwrite_logits=True)
+    for leaf in (x, x.view(5, 16)):
+        with pytest.raises(ValueError, match="overwrite_logits is not for a leaf"):
+            ops.cross_entropy(leaf, targets, overwrite_logits=True)
+    logits = 2 * x
+    loss = ops.cross_entropy(logits, targets, overwrite_logits=True)
+    (d_logits,) = torch.autograd.grad(loss, logits)
+    assert d_logits.data_ptr() == logits.data_ptr() and not d_logits.requires_grad
     logits = (2 * x).t().contiguous().t()  # not in rows: the gradient gets memory of its own
     before = logits.detach().clone()
     ops.cross_entropy(logits, targets, overwrite_logits=True).backward()
