@@ -24,32 +24,32 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Area -> (seconds, the files: their names begin so). Two and a half times what was measured with one thread each.
+# Area -> (seconds, the files: their names begin so). Twice what was measured, with two processes beside each other.
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "norms": (80, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
-    "activations": (110, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
-    "losses": (62, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
-    "rotary and embedding": (65, ("ops/test_rotary", "ops/test_embedding")),
-    "ops": (45, ("ops/", "test_rule")),
-    "static": (30, ("test_static",)),
-    "emulator": (90, ("emulator/", "ptx/")),
+    "norms": (138, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
+    "activations": (50, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
+    "losses": (88, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
+    "rotary and embedding": (50, ("ops/test_rotary", "ops/test_embedding")),
+    "ops": (78, ("ops/", "test_rule")),
+    "static": (50, ("test_static",)),
+    "emulator": (136, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
-    "native": (48, ("test_native", "test_build", "test_module")),
-    "steps": (50, ("test_kernel_steps",)),
-    "model": (10, ("test_model", "test_generate", "test_optim")),
-    "train": (55, ("test_train", "test_checkpoint")),
-    "chaos": (60, ("test_chaos",)),
-    "data": (105, ("test_data_",)),
-    "tokenizer": (24, ("test_tokenizer",)),
-    "demo": (60, ("test_demo", "test_plot")),
-    "benchmarks": (105, ("test_benchmarks", "test_gpu", "test_triton_twins")),
-    "cli": (36, ("test_cli", "test_config", "test_doctor")),
-    "guide": (75, ("test_guide",)),
-    "others": (28, ("",)),
+    "native": (62, ("test_native", "test_build", "test_module")),
+    "steps": (52, ("test_kernel_steps",)),
+    "model": (28, ("test_model", "test_generate", "test_optim")),
+    "train": (92, ("test_train", "test_checkpoint")),
+    "chaos": (114, ("test_chaos",)),
+    "data": (128, ("test_data_",)),
+    "tokenizer": (38, ("test_tokenizer",)),
+    "demo": (156, ("test_demo", "test_plot")),
+    "benchmarks": (94, ("test_benchmarks", "test_gpu", "test_triton_twins")),
+    "cli": (72, ("test_cli", "test_config", "test_doctor")),
+    "guide": (106, ("test_guide",)),
+    "others": (54, ("",)),
 }
 
-# What `_fixed_work` takes where the budgets were measured: AMD EPYC, Zen 3, Python 3.11.
-FIXED_WORK_SECONDS = 0.026
+# What `_fixed_work` takes where the budgets were measured, alone: AMD EPYC, Zen 3, Python 3.11.
+FIXED_WORK_SECONDS = 0.017
 
 
 class Budgets:
@@ -74,6 +74,10 @@ class Budgets:
         self.done += 1
         if not _slow(item):
             self.seconds[area(self._file(item))] += processor_seconds() - before
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        if not hasattr(session.config, "workeroutput"):
+            self.slowness = slowness()
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.files |= set(map(self._file, items))
@@ -104,7 +108,7 @@ class Budgets:
         every = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("test_*.py")}
         self.whole = self.files == every and not self.deselected and self.done == self.collected
         if self.whole:
-            self.slowness = slowness()
+            self.slowness = max(1.0, self.slowness, slowness())  # it may have been slow for a part of the time
         if self.whole and self.overrun() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
