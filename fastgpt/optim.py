@@ -197,7 +197,9 @@ class Muon(AdamW):
     orthogonalised as one batch. State: `momentum_buffer` (fp32), and `master` as in AdamW.
     """
 
-    working_dtype = torch.bfloat16  # of the orthogonalisation
+    working_dtype: torch.dtype | None = None
+    """Of the orthogonalisation. None: bfloat16, but float32 for the wider parameters of a run on a CPU, which may well
+    have no instructions for bfloat16 (then it took 30 times as long)."""
 
     def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.95, **options):
         super().__init__(params, lr, momentum=momentum, muon=False, splits=None, **options)
@@ -234,8 +236,10 @@ class Muon(AdamW):
             rows = group["splits"] or (p.shape[0],)
             for where, what in zip(target.split(rows), update.split(rows), strict=True):
                 pieces.setdefault(tuple(what.shape), []).append((where, what))
+        wide_on_cpu = params[0].device.type == "cpu" and params[0].dtype not in LOW_PRECISION
+        dtype = self.working_dtype or (torch.float32 if wide_on_cpu else torch.bfloat16)
         for shape, members in pieces.items():
-            updates = orthogonalise(torch.stack([what for _, what in members]), self.working_dtype)
+            updates = orthogonalise(torch.stack([what for _, what in members]), dtype)
             rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
             for (where, _), update in zip(members, updates, strict=True):
                 new = where * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(where.dtype)

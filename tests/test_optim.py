@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import ModelConfig
+from fastgpt import ModelConfig, optim
 from fastgpt.config import OptimConfig
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW, Muon, build_optimizer, orthogonalise
@@ -174,11 +174,17 @@ def test_a_parameter_has_the_bias_correction_of_its_own_steps(without):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("kind", [AdamW, Muon])
+class MuonInBf16(Muon):
+    """In one dtype for parameters of any."""
+
+    working_dtype = torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [AdamW, MuonInBf16])
 def test_bf16_parameter_is_always_its_rounded_fp32_master(kind):
     params = [nn.Parameter(randn(8, 8, dtype=torch.bfloat16))]
     exact = [nn.Parameter(params[0].detach().float())]
-    muon = dict(muon=True) if kind is Muon else {}
+    muon = dict(muon=True) if kind is MuonInBf16 else {}
     low, high = kind([dict(params=params, **muon)], lr=1e-4), kind([dict(params=exact, **muon)], lr=1e-4)
     for step in range(30):
         grad = randn(8, 8, dtype=torch.float32, seed=step)
@@ -191,8 +197,18 @@ def test_bf16_parameter_is_always_its_rounded_fp32_master(kind):
         assert torch.equal(master, exact[0].detach()), "small updates are not lost to rounding"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_orthogonalises_in_the_dtype_that_the_run_chose_on_a_cpu(dtype, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optim, "orthogonalise", lambda x, dtype: seen.append(dtype) or orthogonalise(x, dtype))
+    p = nn.Parameter(randn(8, 4, dtype=torch.float32).to(dtype))
+    p.grad = torch.ones_like(p)
+    Muon([dict(params=[p], muon=True)]).step()
+    assert seen == [dtype]
+
+
 def test_muon_equals_torchs_within_the_rule():
-    """Both orthogonalise in bf16; the truth is the same iteration in float64."""
+    """Torch orthogonalises in bf16; the truth is the same iteration in float64."""
     shapes = ((16, 16), (32, 8), (8, 32))
 
     def run(kind, dtype=torch.float32, **extra):
