@@ -60,8 +60,7 @@ def cross_entropy(
     contract.check_rows("cross_entropy", "logits", logits)
     check_targets("cross_entropy", "logits", logits, targets)
     check_options("cross_entropy", reduction, label_smoothing, z_loss, softcap, vocab_size, logits.shape[-1])
-    owner = logits._base if logits._is_view() else logits
-    if overwrite_logits and owner.is_leaf and owner.requires_grad:
+    if overwrite_logits and _in_leaf_memory(logits):
         raise ValueError("cross_entropy: overwrite_logits is not for a leaf: its values would become its gradient")
     ops = native.select(logits, "cross_entropy")
     if ops is None or contract.transformed():
@@ -128,6 +127,14 @@ def check_targets(op: str, name: str, rows: Tensor, targets: Tensor) -> None:
             f"got {tuple(targets.shape)}"
         )
     contract.check_device(op, "targets", targets, name, rows)
+
+
+def _in_leaf_memory(x: Tensor) -> bool:
+    """Whether `x` is a leaf that wants a gradient, or a view of one. Compiled code never overwrites: not asked there."""
+    if torch.compiler.is_compiling():
+        return False
+    owner = x if x._base is None else x._base
+    return owner.is_leaf and owner.requires_grad
 
 
 def check_options(
