@@ -595,7 +595,7 @@ def checkout(tmp_path_factory) -> Path:
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in listed.stdout.split("\0")[:-1]:
-        if not name.startswith("csrc/") and (ROOT / name).is_file():
+        if (name.startswith("csrc/python/") or not name.startswith("csrc/")) and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     toy_sources(copy)
