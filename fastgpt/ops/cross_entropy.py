@@ -130,7 +130,7 @@ def check_targets(op: str, name: str, rows: Tensor, targets: Tensor) -> None:
 
 
 def _in_leaf_memory(x: Tensor) -> bool:
-    """Whether `x` is a leaf that wants a gradient, or a view of one. Compiled code never overwrites; it need not ask."""
+    """Whether `x` is a leaf that wants a gradient, or a view of one. Compiled code never overwrites: there, False."""
     if torch.compiler.is_compiling():
         return False
     owner = x if x._base is None else x._base
