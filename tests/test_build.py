@@ -526,19 +526,19 @@ def test_instantiations_are_counted():
 
 
 MEASURED = """
-import resource, sys, time
+import resource, sys
 from pathlib import Path
 from fastgpt.native import build
-started = time.monotonic()
 assert build.build("cuda", out=Path(sys.argv[1]), work=Path(sys.argv[1]))["status"] == "built"
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print((used.ru_utime + used.ru_stime) / 2, used.ru_maxrss * 1024)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("archs", "seconds"), [("9.0a", 120), ("", 300)], ids=["one architecture", "the default"])
 def test_a_whole_build_is_quick_and_small(archs, seconds, tmp_path):
-    """On two cores."""
+    """On two cores: half of the processor time, whatever else the machine is doing."""
     needs_nvcc()
     environment = {**os.environ, "MAX_JOBS": "2", "FASTGPT_CUDA_ARCHS": archs, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
@@ -562,7 +562,7 @@ def test_the_libraries_load_in_a_second_torch(tmp_path):
         variables = environment.variables(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
         done = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stderr
-        assert set(done.stdout.split()) == set(schemas.read_pages())
+        assert set(done.stdout.split()) == {*schemas.read_pages(), *loading.SERVED_BY}
 
 
 @pytest.mark.slow
@@ -662,7 +662,8 @@ def test_an_install_builds_the_kernels(editable, isolated, checkout, tmp_path):
     ).stdout.split("!! ")[1:]
     allowed = {"build/", "fastgpt.egg-info/", "fastgpt/native/_ops.so", "fastgpt/native/_ops_build_info.json",
                "fastgpt/_C_build_info.json"}  # fmt: skip
-    assert {name.strip() for name in ignored if "__pycache__" not in name} <= allowed
+    module = f"fastgpt/{loading.MODULE}"
+    assert {name.strip() for name in ignored if "__pycache__" not in name} <= {*allowed, module}
     if editable:
         before = {path: path.stat().st_mtime_ns for path in (checkout / "build/native").rglob("*.o")}
         header = checkout / "csrc/toy/toy.cu"
