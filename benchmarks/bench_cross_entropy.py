@@ -2,10 +2,10 @@
 
     python benchmarks/bench_cross_entropy.py [--seconds 150] [--only "gradient 50304"] [--out FILE.json]
 
-operations.py says how it is measured. Vocabularies are those of GPT-2, padded (50304), of Llama 3 (128256), and a small
-one. "forward" reads the logits once; "backward" reads them once more and writes their gradient; "gradient" is both in
-one call and in place, as linear_cross_entropy makes it of each chunk: one read, one write. Liger's forward has the
-gradient in it, in place too, and stands beside that.
+operations.py says how it is measured, cases/cross_entropy.py what the fewest bytes are. Vocabularies are those of
+GPT-2, padded (50304), of Llama 3 (128256), and a small one. "forward" reads the logits once; "backward" reads them once
+more and writes their gradient; "gradient" is both in one call and in place, as linear_cross_entropy makes it of each
+chunk: one read, one write. Liger's forward has the gradient in it, in place too, and stands beside that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import cross_entropy as entries
 from operations import DIRECTIONS, EMULATED_ROWS, OURS, Case, compiled, main, normal, of_liger
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from fastgpt import native, ops
 
 VOCABULARIES = (4096, 50304, 128256)
 DTYPES = (torch.bfloat16, torch.float32)
-OPTIONS = (-100, 0.0, 0.0, 0.0, None)  # ignore_index, label_smoothing, z_loss, softcap, vocab_size
 MOST_BYTES = 4 << 30  # of logits: fewer rows of the largest ones
 
 
@@ -46,7 +46,7 @@ FUNCTIONS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
 def in_place(logits: Tensor, targets: Tensor) -> Callable[[], Any]:
     entry = native.select(logits, "cross_entropy").cross_entropy_gradient_.default
     ones = torch.ones(len(logits), device=logits.device)
-    return lambda: entry(logits, targets, ones, *OPTIONS)
+    return lambda: entry(logits, targets, ones, *entries.OPTIONS)
 
 
 def in_place_by_liger(logits: Tensor, targets: Tensor) -> Callable[[], Any]:
@@ -60,8 +60,9 @@ def case(direction: str, V: int, dtype: torch.dtype) -> Case:
         return normal(rows, V, dtype=dtype, device=device), torch.arange(rows, device=device) * 7 % V
 
     def least_bytes(rows: int) -> int:
-        rows = fewer(rows, V, dtype)
-        return rows * (V * dtype.itemsize * (1 if direction == "forward" else 2) + 8 + 4)
+        name = "cross_entropy_gradient_" if direction == "gradient" else f"cross_entropy_{direction}"
+        [entry] = (case for case in entries.of(fewer(rows, V, dtype), V, dtype) if case.entry == name)
+        return entry.least_bytes
 
     def contender(function: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[str, int], Callable]:
         def make(device: str, rows: int) -> Callable[[], Any]:

@@ -2,9 +2,8 @@
 
     python benchmarks/bench_norm.py [--seconds 150] [--only "rms_norm forward"] [--out FILE.json]
 
-operations.py says how it is measured. Widths are those of GPT-2 (768, 1024) and of Llama-like models. The fewest
-bytes are those of the rows, 4 tensors each way (x, residual, y, x + residual; the gradients of the outputs, the sum
-and the gradient of the inputs), of the statistics, and of weight and bias.
+operations.py says how it is measured, cases/norm.py what the fewest bytes are. Widths are those of GPT-2 (768, 1024)
+and of Llama-like models.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases.norm import Norm
 from operations import DIRECTIONS, OURS, Case, compiled, main, normal, of_liger
 from torch import Tensor
 
@@ -58,10 +58,8 @@ def case(op: str, direction: str, columns: int, dtype: torch.dtype) -> Case:
     parameters = 2 if op == "layer_norm" else 1
 
     def least_bytes(rows: int) -> int:
-        channels = parameters * columns * dtype.itemsize * (1 if direction == "forward" else 2)
-        if op == "layer_norm" and direction == "backward":
-            channels -= columns * dtype.itemsize  # the bias is not read
-        return 4 * rows * columns * dtype.itemsize + parameters * rows * 4 + channels
+        [entry] = (case for case in Norm(op, rows, columns, dtype).cases() if case.entry == f"{op}_{direction}")
+        return entry.least_bytes
 
     def contender(function: Callable[[], Callable[..., Any]]) -> Callable[[str, int], Callable[[], Any]]:
         def make(device: str, rows: int) -> Callable[[], Any]:

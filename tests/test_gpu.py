@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-import bench_norm  # noqa: E402 - found through the line above
+import bench_cross_entropy  # noqa: E402 - found through the line above
+import bench_norm  # noqa: E402
 import gpu  # noqa: E402
 import operations  # noqa: E402
 
@@ -282,6 +283,8 @@ def test_least_bytes() -> None:
     assert forward == 4 * 10 * 768 * 2 + 2 * 10 * 4 + 2 * 768 * 2
     backward = bench_norm.case("rms_norm", "backward", 768, torch.float32).least_bytes(10)
     assert backward == 4 * 10 * 768 * 4 + 10 * 4 + 2 * 768 * 4
+    gradient = bench_cross_entropy.case("gradient", 4096, torch.bfloat16).least_bytes(10)
+    assert gradient == 2 * (2 * 4096 * 2 + 8 + 2 * 4)  # of two rows, on the emulator
 
 
 def test_counts_on_a_cpu(tmp_path: Path) -> None:
