@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ CSRC = FOLDER.parent.parent / "csrc"
 WORK = CSRC.parent / "build" / "native"
 TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the libraries keep to
 
+_NO_OPS = ("host", "emulator", "python")  # folders of csrc with sources that every library of its kind needs
 _COMMON = ["-fPIC", "-fvisibility=hidden", "-Wall"]
 _NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", ",".join(_COMMON), "-Xptxas", "--warn-on-spills,-Werror"]
 _TARGET = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
@@ -57,10 +58,12 @@ _CUDA_LIBRARIES = ["-ldl", "-lrt", "-lpthread"]
 # ---- what is to be compiled, and how -------------------------------------------------------------------
 
 
-def sources(csrc: Path, kind: str) -> list[tuple[str, str]]:
-    """(rule, path from the parent of `csrc` on) of every file of a library."""
+def sources(csrc: Path, kind: str, folders: Collection[str] | None = None) -> list[tuple[str, str]]:
+    """(rule, path from the parent of `csrc` on) of every file of a library; of its ops only those in `folders`."""
     found = []
     for path in sorted(csrc.glob("*/*")):
+        if folders is not None and path.parent.name not in (*folders, *_NO_OPS):
+            continue
         of_emulator, of_module = path.parent.name == "emulator", path.parent.name == "python"
         if path.suffix not in (".cu", ".cpp") or (of_emulator and kind != "emulated"):
             continue
@@ -76,7 +79,7 @@ def sources(csrc: Path, kind: str) -> list[tuple[str, str]]:
     return found
 
 
-def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
+def plan(kind: str, csrc: Path, work: Path, folders: Collection[str] | None = None) -> tuple[str, dict[str, Any]]:
     """The ninja file of a library, to be run in the parent of `csrc`, and its build info. Raises Missing."""
     toolchain.require_platform()
     if kind == "python":
@@ -121,7 +124,7 @@ def plan(kind: str, csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
         "-Wl,--exclude-libs,ALL,-z,defs",
         *libraries,
     ]
-    return _ninja_file(kind, sources(csrc, kind), rules, link, work), info
+    return _ninja_file(kind, sources(csrc, kind, folders), rules, link, work), info
 
 
 def _plan_module(csrc: Path, work: Path) -> tuple[str, dict[str, Any]]:
@@ -184,10 +187,16 @@ def _shell(command: list[str | Path]) -> str:
 
 
 def build(
-    kind: str, csrc: Path = CSRC, out: Path = FOLDER, work: Path = WORK, *, verbose: bool = False
+    kind: str,
+    csrc: Path = CSRC,
+    out: Path = FOLDER,
+    work: Path = WORK,
+    *,
+    folders: Collection[str] | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Build a library ("cuda" or "emulated") or the module ("python", into MODULE_FOLDER) into `out`, with ninja in
-    `work`; returns what it writes beside it.
+    `work`; returns what it writes beside it. `folders`: those of `csrc` whose ops it has; all of them where not given.
 
     "status" is "built", or "missing" with a "reason" where something that it needs is not here: then a library that is
     there stays. Raises UserError where the sources do not compile or the environment asks for what cannot be.
@@ -199,7 +208,7 @@ def build(
     with _alone_in(work):
         said = build_result(kind, out)
         try:
-            ninja_file, info = plan(kind, csrc.absolute(), work)
+            ninja_file, info = plan(kind, csrc.absolute(), work, folders)
             result = {"status": "built", **info, "jobs": toolchain.jobs()}
             _write(work / "build.ninja", ninja_file)
             _write(work / "fastgpt_build_info.h", f'#define FASTGPT_BUILD_INFO R"json({json.dumps(info)})json"\n')
