@@ -10,10 +10,11 @@ demo: ## from nothing to a GPT trained on real text, in minutes; CORPUS=path tak
 	$(SETUP) demo
 	@$(VENV)/python -m fastgpt.demo $(if $(CORPUS),--corpus '$(CORPUS)')
 
-kernels: ## the CUDA kernels where nvcc is, and the same kernels for the emulator; what is not built says why
+kernels: ## the CUDA kernels where nvcc is, and the same kernels for the emulator, which shows them without a GPU
 	$(SETUP) test
 	@$(VENV)/python -m fastgpt.native.build
 	@$(VENV)/python -m tests.ptx.build || true # for `make gpu`
+	@$(VENV)/python benchmarks/kernel_minute.py --unless-gpu
 
 wheel: ## one wheel with the CUDA kernels in dist/, for every Python and every torch that the kernels support
 	$(SETUP) test

@@ -53,10 +53,13 @@ class Skipped(Exception):
 # ---- traffic ---------------------------------------------------------------------------------------------
 
 
-def traffic(case: Case) -> dict[str, Any]:
-    """What the emulator counts in one call; "shapes": by kernel, the threads and dynamic shared memory of a block."""
+def traffic(case: Case, *, checked: bool = False) -> dict[str, Any]:
+    """What the emulator counts in one call; "shapes": by kernel, the threads and dynamic shared memory of a block.
+
+    checked: slower, and raises RuntimeError for what the emulator finds wrong.
+    """
     arguments = case.arguments("cpu")
-    with native.emulated(case.chip, profile=True, checked=False):
+    with native.emulated(case.chip, profile=True, checked=checked):
         native.counters(), native.launches()
         getattr(torch.ops.fastgpt_emulated, case.entry)(*arguments)
         path = loading.library("emulated").json("fastgpt_last_path")["path"]

@@ -143,6 +143,11 @@ def test_make_alone_lists_the_commands():
         assert f"make {name}" in done.stdout
 
 
+def test_make_kernels_fails_where_a_kernel_is_wrong():
+    done = subprocess.run(["make", "-n", "kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/kernel_minute.py --unless-gpu"
+
+
 def test_ci_lints_and_tests():
     script = ROOT / ".ci" / "run"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
