@@ -32,6 +32,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "rotary and embedding": (50, ("ops/test_rotary", "ops/test_embedding")),
     "ops": (78, ("ops/", "test_rule")),
     "static": (50, ("test_static",)),
+    "kernel minute": (26, ("test_kernel_minute",)),
     "emulator": (136, ("emulator/", "ptx/")),
     "mutation": (60, ("mutation/",)),
     "native": (62, ("test_native", "test_build", "test_module")),

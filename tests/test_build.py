@@ -148,16 +148,30 @@ def environment_script():
 def test_make_test_takes_the_headers_from_the_package_index_where_no_toolkit_is(nowhere, tmp_path, monkeypatch):
     environment = environment_script()
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert environment.cuda_tools() == [environment.CUDA_HEADERS]
+    assert environment.cuda_tools("test") == [environment.CUDA_HEADERS]
     assert environment.CUDA_HEADERS in toolchain.HEADERS_REMEDY
     toolkit(tmp_path)
-    assert environment.cuda_tools() == environment.DISASSEMBLER
+    assert environment.cuda_tools("test") == environment.DISASSEMBLER
     for tool in ("cuobjdump", "nvdisasm"):
         (tmp_path / "bin" / tool).touch()
-    assert environment.cuda_tools() == []
+    assert environment.cuda_tools("test") == []
     (tmp_path / "bin/nvcc").unlink()
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert environment.cuda_tools() == []
+    assert environment.cuda_tools("test") == []
+
+
+def test_make_demo_takes_the_headers_only_for_a_compiler(nowhere, tmp_path, monkeypatch):
+    """And nothing that its environment asks for is an error there: the demo goes on without the kernels."""
+    environment = environment_script()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert environment.cuda_tools("demo") == []
+    compiler(tmp_path / "bin/g++", "12.2.0")
+    assert environment.cuda_tools("demo") == [environment.CUDA_HEADERS]
+    monkeypatch.setenv("FASTGPT_NVCC", "missing")
+    assert environment.cuda_tools("demo") == []
+    monkeypatch.delenv("FASTGPT_NVCC")
+    toolkit(tmp_path)
+    assert environment.cuda_tools("demo") == []
 
 
 # ---- the compiler, torch, ninja ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
-from fastgpt.demo import completions, compressors, speed
+from fastgpt.demo import completions, compressors, kernels, speed
 from fastgpt.demo import settings as presets
 from fastgpt.demo.__main__ import (
     SUSTAINED,
@@ -492,7 +492,8 @@ def finished(small_text, tmp_path_factory):
     """(demo, exit code, what it printed). However busy the machine, the steps are STEPS: only their timing is not
     what the demo measured."""
     out = tmp_path_factory.mktemp("runs")
-    demo = Demo(DemoConfig(corpus=str(small_text), speed_seconds=1.0, out=str(out), device="cpu"), MINIATURE)
+    config = DemoConfig(corpus=str(small_text), speed_seconds=1.0, kernel_seconds=2.0, out=str(out), device="cpu")
+    demo = Demo(config, MINIATURE)
     demo.screen = Screen(io.StringIO())
     measured = speed.seconds_per_step
 
@@ -503,6 +504,7 @@ def finished(small_text, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "seconds_per_step", as_if)
+        patch.setattr(kernels, "show", lambda screen, seconds: screen.line("kernels", f"for {seconds} s"))
         code = demo.run()
     return demo, code, demo.screen.console.file.stream.getvalue()
 
@@ -550,6 +552,7 @@ def test_the_demo_says_what_it_did(finished):
     demo, _, text = finished
     for words in (demo.corpus.sha256, "bits per byte", "uniform", "plain eager PyTorch loop", "held-out signatures"):
         assert words in text
+    assert text.index("plain eager") < text.index("kernels    for 2.0 s\n") < text.index("\ntook ")
     assert f"sample {demo.folder} --prompt" in text
     assert "\x1b" not in text and "Traceback" not in text
     ast.parse(demo.watched + "    pass\n")

@@ -2,9 +2,10 @@
 
     tools/python.sh tools/environment.py demo|test
 
-`demo` installs fastgpt and what draws its plot, `test` also what the tests and the linter need. Versions come
-from constraints.txt, packages from pyproject.toml, and where to download from is pip's own configuration. Needs
-only the standard library, and a Python that can be without ensurepip (Debian's python3-venv).
+`demo` installs fastgpt, what draws its plot and, where a g++ is and no GPU, CUDA's headers (5 MB), with which it shows
+the kernels; `test` also what the tests and the linter need. Versions come from constraints.txt, packages from
+pyproject.toml, and where to download from is pip's own configuration. Needs only the standard library, and a Python
+that can be without ensurepip (Debian's python3-venv).
 """
 
 from __future__ import annotations
@@ -65,23 +66,29 @@ def nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU " in listed.stdout
 
 
-def cuda_tools() -> list[str]:
-    """From the package index: what the emulator's library needs beside g++, where there is no CUDA toolkit; and where
-    there is one without a disassembler, that, for benchmarks/static.py."""
+def cuda_tools(level: str) -> list[str]:
+    """From the package index: what the emulator's library needs beside g++, where there is no CUDA toolkit; and for the
+    tests, where there is one without a disassembler, that, for benchmarks/static.py."""
     sys.path.insert(0, str(ROOT))
     from fastgpt.errors import UserError
     from fastgpt.native import toolchain
 
+    demo = level == "demo"  # which shows kernels where it can, and goes on where it cannot
     try:
         toolchain.require_platform()
-    except toolchain.Missing:
+        if demo:
+            toolchain.find_compiler(toolchain.OLDEST_GXX_FOR_EMULATOR)
+    except (toolchain.Missing, UserError):
         return []
     try:
         toolchain.find_nvcc()
     except toolchain.Missing:
         return [CUDA_HEADERS]
     except UserError as error:
-        fail(str(error))
+        if not demo:
+            fail(str(error))
+    if demo:
+        return []
     try:
         toolchain.find_cuobjdump()
     except toolchain.Missing:
@@ -281,7 +288,7 @@ def main(level: str) -> None:
     constraints = ["-c", str(ROOT / "constraints.txt")]
     install([*constraints, *BUILD_TOOLS])
     package = ["--no-build-isolation", *constraints, "-e", f"{ROOT}[{EXTRAS[level]}]"]
-    package += cuda_tools() if level == "test" else []
+    package += cuda_tools(level) if level == "test" else []
     # With a GPU the exact version keeps pip from preferring a +cpu build, which counts as newer than the plain one.
     choices = [f"torch==={torch_pin()}", f"torch=={torch_pin()}"] if gpu else [f"torch=={torch_pin()}"]
     for torch in choices:
@@ -293,6 +300,8 @@ def main(level: str) -> None:
         os.environ.setdefault("FASTGPT_CUDA", "0")  # kernels that nothing here could run
     install([*constraints, torch])  # first and alone: the kernels are compiled against its headers
     install([torch, *package])
+    if level == "demo" and not gpu and (tools := cuda_tools(level)):
+        succeeds(pip("install", *constraints, *tools))  # or the demo leaves the kernels out
     (VENV / f"{level}.stamp").write_text(want)
     size = sum(file.stat().st_size for file in VENV.rglob("*") if file.is_file() and not file.is_symlink())
     say(f"  ready in {time.monotonic() - started:.0f} s; .venv holds {megabytes(size)}")

@@ -6,6 +6,7 @@ completions  what the model writes after `def f(x):`, and how it is judged
 compressors  gzip and xz on the same bytes
 plain_gpt    the loop that speed is measured against
 speed        both loops, in turns
+kernels      the CUDA kernels on this CPU, for some seconds
 screen       the terminal
 __main__     the order of events
 """

@@ -41,6 +41,8 @@ class DemoConfig(_Config):
     """Length of the training."""
     speed_seconds: float = _number(15.0, 0.0)
     """Length of the comparison with a plain PyTorch loop; 0 leaves it out."""
+    kernel_seconds: float = _number(15.0, 0.0)
+    """The most that the CUDA kernels are shown for, on this CPU; 0 leaves them out."""
     out: str = "runs"
     """Where the run's folder, demo-DATE-TIME, is made."""
     device: str = "auto"
@@ -93,6 +95,8 @@ class Demo:
             self.judge_functions()
             if self.config.speed_seconds:
                 self.compare_speed()
+            if self.config.kernel_seconds and self.device.type == "cpu":
+                self.show_kernels()
         except KeyboardInterrupt as interrupt:
             self.screen.line("stopped", f"{self.folder} holds what there is so far")
             return exit_code(interrupt)
@@ -323,6 +327,11 @@ class Demo:
             speed = compare(self.train_config, self.config.speed_seconds, lambda speed: redrawn.show(lines(speed)))
         content = {"plain": speed.plain, "fastgpt": speed.fastgpt, "ratio": speed.ratio}
         (self.folder / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def show_kernels(self) -> None:
+        from . import kernels
+
+        kernels.show(self.screen, self.config.kernel_seconds)
 
     # ---- last words ------------------------------------------------------------------------------
 
