@@ -117,7 +117,7 @@ TRIALS = {
         lambda x, weight, targets: F.cross_entropy(x @ weight.T, targets),
     ),
     "embedding": Trial(lambda n: [_ids(200, 64 * n), _normal(200, 32)], ops.embedding, F.embedding),
-    "adamw_": Trial(lambda n: [_normal(800 * n), _normal(800 * n, seed=1)], _adamw, _plain_adamw, False),
+    "adamw": Trial(lambda n: [_normal(800 * n), _normal(800 * n, seed=1)], _adamw, _plain_adamw, False),
     "grad_norm": Trial(lambda n: [_normal(800 * n)], lambda g: ops.grad_norm([g]), _squares, False),
 }
 

@@ -189,13 +189,12 @@ def _try_op(row: dict[str, Any], device: str, problems: list[Problem]) -> None:
     from . import accuracy, native
 
     op = row["op"]
-    page = op.rstrip("_")
     emulator = native.loading.library("emulated")
     for dtype in accuracy.DTYPES:
         name = str(dtype).removeprefix("torch.")
         found = {"here": accuracy.errors(op, dtype, device)}
-        if page in emulator.ops:
-            with native.emulated(only=[page]):
+        if op in emulator.ops:
+            with native.emulated(only=[op]):
                 found["emulated"] = accuracy.errors(op, dtype, "cpu")
             row["emulated_path"] = _last_path("emulated")
         row["errors"][name] = {"ours": found["here"].ours, "torchs": found["here"].torchs}

@@ -188,7 +188,7 @@ class Context:
 
 def ops_of(config: ModelConfig) -> list[str]:
     """The ops that a training step of such a model calls, named as `native.OPS` names them."""
-    found = {"attention", "embedding", "linear_cross_entropy", "adamw_", "grad_norm"}
+    found = {"attention", "embedding", "linear_cross_entropy", "adamw", "grad_norm"}
     found.add({"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[config.norm])
     found.add({"swiglu": "swiglu", "relu": ""}.get(config.activation, "gelu"))
     if config.positions == "rope":

@@ -169,6 +169,20 @@ def test_one_stem_per_op(op):
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
 
 
+def test_an_op_is_asked_for_by_the_name_of_its_page():
+    """`native.select` and `native.require` look for it among the pages that a library serves."""
+    from fastgpt import native
+    from fastgpt.config import ModelConfig
+    from fastgpt.model import ops_of
+
+    assert set(native.OPS) == OPS
+    for op in OPS:
+        calls = [node for node in ast.walk(tree(PACKAGE / "ops" / f"{op}.py")) if isinstance(node, ast.Call)]
+        asked = [call.args[1] for call in calls if ast.unparse(call.func) == "native.select"]
+        assert asked and all(isinstance(name, ast.Constant) and name.value == op for name in asked), op
+    assert {"adamw", "grad_norm"} <= set(ops_of(ModelConfig.preset("tiny"))) <= OPS
+
+
 def test_public_ops_are_exported():
     from fastgpt import ops
 

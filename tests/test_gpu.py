@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-import bench_cross_entropy  # noqa: E402 - found through the line above
+import bench_adamw  # noqa: E402 - found through the line above
+import bench_cross_entropy  # noqa: E402
 import bench_norm  # noqa: E402
 import gpu  # noqa: E402
 import operations  # noqa: E402
@@ -285,6 +286,20 @@ def test_least_bytes() -> None:
     assert backward == 4 * 10 * 768 * 4 + 10 * 4 + 2 * 768 * 4
     gradient = bench_cross_entropy.case("gradient", 4096, torch.bfloat16).least_bytes(10)
     assert gradient == 2 * (2 * 4096 * 2 + 8 + 2 * 4)  # of two rows, on the emulator
+
+
+def test_least_bytes_of_an_update() -> None:
+    """Of a parameter, by its kind."""
+    parameters = sum(bench_adamw.sizes(operations.ROWS))
+    assert parameters == operations.ROWS * bench_adamw.COLUMNS + bench_adamw.VECTORS * bench_adamw.WIDTH
+    cases = [case for case in bench_adamw.cases() if case.op == "adamw"]
+    each = {case.name: case.least_bytes(operations.ROWS) / parameters for case in cases}
+    assert each == {
+        "adamw update 4096 fp32": 28,
+        "adamw update, master 4096 bf16": 28,
+        "adamw update, master, wide 4096 bf16": 30,
+        "adamw update, stochastic 4096 bf16": 22,
+    }
 
 
 def test_counts_on_a_cpu(tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ EMULATED int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 using std::erf;  // of floats too, where C's are of doubles alone
 using std::exp;
 using std::expm1;
+using std::fma;
 using std::log;
 using std::max;
 using std::min;
+using std::sqrt;
 using std::tanh;

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Every op of `fastgpt.ops`, in the order in which the doctor prints them.
+# Every op of `fastgpt.ops`, named as its page there, in the order in which the doctor prints them.
 OPS = (
     "swiglu",
     "gelu",
@@ -33,7 +33,7 @@ OPS = (
     "cross_entropy",
     "linear_cross_entropy",
     "embedding",
-    "adamw_",
+    "adamw",
     "grad_norm",
 )
 
@@ -127,7 +127,7 @@ def status() -> list[dict[str, str]]:
             reason = "no CUDA device is visible; the reference is the path on a CPU"
         elif isinstance(library, loading.Refused):
             reason = f"{library}; PyTorch's own kernels run on the GPU"
-        elif op.rstrip("_") in library.ops:
+        elif op in library.ops:
             implementation, reason = "CUDA kernels", f"built for {', '.join(library.info['archs'])}"
         else:
             reason = "it has no CUDA kernel yet; PyTorch's own kernels run on the GPU"
@@ -176,7 +176,7 @@ def _without_kernels(op: str) -> None:
     if isinstance(library, loading.Refused):
         missing, why = "", f" ({library})"
     else:
-        missing, why = ", ".join(name for name in OPS if name.rstrip("_") not in library.ops), ""
+        missing, why = ", ".join(name for name in OPS if name not in library.ops), ""
     if kernels_required():
         which = f"for {op} there are" if op else "there are"
         raise KernelsMissing(f"FASTGPT_REQUIRE_KERNELS=1 is set, but {which} no CUDA kernels built; {_REMEDY}{why}")

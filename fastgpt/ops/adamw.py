@@ -30,12 +30,17 @@ elements. `element` is the position in row-major order plus the tensor's entry o
 offset rounds as the whole tensor would, whatever the sharding and the number of threads.
 
 Raises ValueError for anything else, before anything is written.
+
+The kernels take all tensors in one launch, or a few, in vectors of 16 bytes of moments; single elements where a tensor
+begins elsewhere than at a multiple of its vectors, and for what does not fill one. A gradient with gaps between its
+elements is copied first. They can be captured in a CUDA graph: lr, step, clip and skip are then tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +48,7 @@ from torch import Tensor
 
 from fastgpt import native
 from fastgpt.ops.contract import accumulator, check_device, check_floating, dtype_name
+from fastgpt.ops.registry import register
 
 # Elements that are updated at once where a temporary is needed: it stays in the cache, and is bounded.
 CHUNK = 1 << 18
@@ -90,12 +96,13 @@ def adamw_(
     _check(params, grads, exp_avgs, exp_avg_sqs, masters, seed, offsets, tensor_ids, scalars)
     if not params:
         return
-    native.select(params[0], "adamw_")
-    reference(
+    ops = native.select(params[0], "adamw")
+    update = reference if ops is None else partial(_update_by_kernels, ops)
+    update(
         params, grads, exp_avgs, exp_avg_sqs, masters=masters, seed=seed, offsets=offsets, tensor_ids=tensor_ids,
         **scalars
     )  # fmt: skip
-    if not torch.compiler.is_compiling():  # the fused kernel writes without telling autograd
+    if not torch.compiler.is_compiling():  # neither kernels nor torch's fused one tell autograd what they write
         torch.autograd.graph.increment_version(
             [*params, *exp_avgs, *exp_avg_sqs, *(m for m in masters if m is not None)]
         )
@@ -213,6 +220,70 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """x (n,) float32 to bfloat16, away from zero where the 16 bits it loses and `bits` (n,) add up to a carry."""
     rounded = ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
+
+
+# ---- kernels ----------------------------------------------------------------------------------
+
+SCHEMAS = {
+    # A tensor in the place of a number is read on the device. masters: none, or one for each parameter.
+    "adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
+        "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, "
+        "float step, Tensor? step_tensor, float clip, Tensor? clip_tensor, Tensor? skip, "
+        "int seed, int[] offsets, int[] tensor_ids) -> ()"
+    ),
+}
+
+register(SCHEMAS, {"adamw_": lambda *arguments: None})
+
+_READ_ON_DEVICE = (torch.float64, torch.float32, torch.int64, torch.bool)
+
+
+@torch.no_grad()
+def _update_by_kernels(
+    ops: Any,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int | float | Tensor,
+    clip: float | Tensor | None,
+    skip: bool | Tensor | None,
+    masters: list[Tensor | None],
+    seed: int | None,
+    offsets: list[int],
+    tensor_ids: list[int],
+) -> None:
+    if not isinstance(skip, Tensor):
+        if skip:
+            return
+        skip = None
+    clip = 1.0 if clip is None else clip
+    signed_seed = 0 if seed is None else seed - (seed >> 63 << 64)  # the same 64 bits
+    with_master = [i for i, master in enumerate(masters) if master is not None]
+    without = [i for i, master in enumerate(masters) if master is None]
+    for members in filter(None, (with_master, without)):
+        lists = ([ts[i] for i in members] for ts in (params, grads, exp_avgs, exp_avg_sqs))
+        ops.adamw_.default(
+            *lists, [masters[i] for i in members] if members is with_master else [],
+            *_number(lr), beta1, beta2, eps, weight_decay, *_number(step), *_number(clip), _readable(skip),
+            signed_seed, [offsets[i] for i in members], [tensor_ids[i] for i in members],
+        )  # fmt: skip
+
+
+def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, _readable(value)) if isinstance(value, Tensor) else (float(value), None)
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    """x in a dtype that the kernels read."""
+    return x if x is None or x.dtype in _READ_ON_DEVICE else x.to(torch.float64)
 
 
 # ---- contract ---------------------------------------------------------------------------------

@@ -116,4 +116,4 @@ def instantiations(pattern: str) -> set[str]:
     symbols = subprocess.run(
         ["nm", "-C", "--defined-only", built(EMULATED)], capture_output=True, text=True, check=True
     )
-    return set(re.findall(rf"({pattern}<.*>)\(fastgpt::\w+\)$", symbols.stdout, re.M))
+    return set(re.findall(rf"({pattern}<.*>)\(.*\)$", symbols.stdout, re.M))

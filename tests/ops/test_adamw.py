@@ -1,8 +1,9 @@
-"""adamw_ against torch.optim.AdamW by the rule, and its own promises: skip, masters, stochastic rounding."""
+"""adamw_ against torch.optim.AdamW by the rule, and its own promises: skip, masters, stochastic rounding; on the
+reference and on the kernels."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +13,17 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops import adamw_
 from fastgpt.ops.adamw import philox, random_bits, round_stochastically
-from tests.ops import checks
+from tests.ops import checks, kernels
 from tests.rule import LAYOUTS, assert_within_rule, in_layout, randn
 
 SHAPES = [(), (7, 3), (2, 0, 3), (769,), (40, 33)]
 HYPER: dict[str, Any] = dict(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+@pytest.fixture(params=kernels.WHERE)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.at(request.param) as device:
+        yield device
 
 
 def tensors(dtype: torch.dtype, seed: int, device: str = "cpu", shapes: list = SHAPES) -> list[Tensor]:
