@@ -1,6 +1,7 @@
 #include "counters.h"
 
 #include <algorithm>
+#include <bit>
 #include <deque>
 #include <map>
 #include <tuple>
@@ -111,8 +112,9 @@ void close(const void* address, const Site& site, const Request& request) {
 }  // namespace
 
 void count_access(uintptr_t address, size_t bytes, Access access, Space space, Caller caller) {
-  constexpr size_t kWidest = 16;  // longer ones are copies, done in steps
-  for (; bytes > kWidest; address += kWidest, bytes -= kWidest) count_access(address, kWidest, access, space, caller);
+  constexpr size_t kWidest = 16;  // longer ones are copies, done in steps of what an instruction can take
+  for (size_t step; (step = std::min(std::bit_floor(bytes), kWidest)) < bytes; address += step, bytes -= step)
+    count_access(address, step, access, space, caller);
   const Thread& thread = *current_thread;
   if (sites.size() <= thread.warp_number) sites.resize(thread.warp_number + 1);
   Site& site = sites[thread.warp_number][caller.address];

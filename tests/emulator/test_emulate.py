@@ -30,8 +30,18 @@ __global__ void nothing() {}
 __global__ void neighbour(float* y) {
   __shared__ float shared[64];
   shared[threadIdx.x] = threadIdx.x;
-  __syncthreads();
+  __syncthreads();  // HERE barrier
   y[threadIdx.x] = shared[63 - threadIdx.x];  // HERE neighbour
+}
+struct Numbers {
+  float at[11];
+};
+__global__ void same(float* y) {
+  __shared__ Numbers shared;
+  if (threadIdx.x == 0) for (int i = 0; i < 11; ++i) shared.at[i] = i;
+  __syncthreads();
+  const Numbers mine = shared;
+  for (int i = 0; i < 11; ++i) y[threadIdx.x * 11 + i] = mine.at[i];
 }
 """
 
@@ -53,7 +63,7 @@ def line_of(mark: str) -> int:
 
 
 def test_kernels_and_parameters_are_found(kernels: emulate.Kernels) -> None:
-    assert set(kernels.parameters) == {"affine", "increase", "where", "halves", "nothing", "neighbour"}
+    assert set(kernels.parameters) == {"affine", "increase", "where", "halves", "nothing", "neighbour", "same"}
     assert [(p.name, p.type) for p in kernels.parameters["affine"]] == [
         ("x", "const float32*"),
         ("y", "float32*"),
@@ -111,10 +121,19 @@ def test_counters(kernels: emulate.Kernels) -> None:
     assert again == counts  # of one launch, not of all
 
 
+def test_a_copy_of_what_all_lanes_share_has_no_bank_conflicts(kernels: emulate.Kernels) -> None:
+    """44 bytes: it ends with less than 16, and no instruction takes 12."""
+    y = torch.empty(64, 11)
+    counts = kernels.launch("same", 1, 64, y)
+    assert torch.equal(y, torch.arange(11.0).expand(64, 11))
+    assert counts.total("bank_conflicts") == 0 and counts.total("wavefronts", access="load") == 2 * (2 * 4 + 2 + 1)
+
+
 def test_a_barrier_can_be_taken_out(kernels: emulate.Kernels) -> None:
     y = torch.empty(64)
     kernels.launch("neighbour", 1, 64, y)
-    [barrier] = [site for site in kernels.sites() if site.kind == "__syncthreads"]
+    [barrier] = [site for site in kernels.sites() if site.line == line_of("HERE barrier")]
+    assert barrier.kind == "__syncthreads"
     with pytest.raises(emulate.KernelFault) as raised:
         kernels.launch("neighbour", 1, 64, y, disabled_site=barrier.id)
     assert line_of("HERE neighbour") in {finding.line for finding in raised.value.findings}
