@@ -17,6 +17,15 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         "csrc/embedding/embedding.cu, add_places: if (in_bounds(lane, count)) place_of_lane = p.order[first + lane];",
         "csrc/embedding/embedding.cu, embedding_runs_kernel: add_places<T>(p, begin, end, column, sums);",
     ): "a run has as many places as lanes, twice; the helper has other callers",
+    **{
+        ("csrc/device/reduce.cuh, sum_over: __syncthreads();", f"csrc/grad_norm/grad_norm.cu, {caller}"): (
+            "a block adds up once; the barrier is before the sums of a call that follows another"
+        )
+        for caller in (
+            "grad_norm_partials_kernel: sum_over<kThreads>(sums);",
+            "grad_norm_kernel: sum_over<kFinalThreads>(sums);",
+        )
+    },
 }
 
 # Kinds of sites that order nothing in the emulator by themselves (docs/emulator.md, "What it cannot show").

@@ -103,9 +103,13 @@ def total(counts: dict[str, dict[str, int]], what: str) -> int:
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     """Bitwise, NaN included."""
     return len(a) == len(b) and all(
-        x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        (x.dtype, x.shape) == (y.dtype, y.shape) and torch.equal(_bytes(x), _bytes(y))
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 # ---- what compilers made of the kernels ------------------------------------------------------------------
