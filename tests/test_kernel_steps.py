@@ -85,6 +85,13 @@ def test_norms_are_called_for_every_micro_batch(case: str, op: str, outcomes: di
         assert outcomes[case]["entries"].count(f"{op}_{part}") == calls
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_is_one_norm_and_a_call_for_each_group(case: str, outcomes: dict[str, Any]) -> None:
+    """Of matrices and of vectors; and no optimizer of torch's beside it."""
+    entries = outcomes[case]["entries"]
+    assert (entries.count("grad_norm"), entries.count("adamw_")) == (STEPS, STEPS * 2)
+
+
 @pytest.mark.parametrize("plant", PLANTS)
 def test_whatever_waits_is_found(plant: str, outcomes: dict[str, Any]) -> None:
     assert outcomes[plant]["error"].startswith("Waited: ")
@@ -115,6 +122,7 @@ def test_twenty_steps_of_the_trainer(style: str, precision: str, tmp_path: Path)
         found = losses(tmp_path, style, precision, library.ops)
     op = {"gpt2": "layer_norm", "llama": "rms_norm"}[style]
     assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == TRAINED * 2 * 3
+    assert (spy.kernels.count("grad_norm"), spy.kernels.count("adamw_")) == (TRAINED, TRAINED * 2)
     assert exact[-1] < exact[0] - 0.5, "it learns"
     largest = {name: (run - exact).abs().max().item() for name, run in (("ours", found), ("torch", reference))}
     assert largest["ours"] <= 2 * largest["torch"], largest

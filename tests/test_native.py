@@ -49,7 +49,8 @@ def test_required_kernels_that_are_missing_are_an_error(monkeypatch: pytest.Monk
 
 def test_status_has_every_op_and_a_reason() -> None:
     rows = native.status()
-    assert {row["op"] for row in rows} == set(ops.__all__) - HELPERS
+    public = set(ops.__all__) - HELPERS
+    assert {row["op"] for row in rows} == {name.rstrip("_") for name in public}, "named as their pages"
     assert all(row["implementation"] == "reference" and row["reason"] for row in rows)
 
 
