@@ -41,6 +41,9 @@ if KIND == "emulated":
             assert native.select(x, op) is torch.ops.fastgpt_emulated
         y = torch.compile(ops.rms_norm, fullgraph=True, backend="eager")(x, weight)
         assert torch.equal(y, ops.rms_norm(x, weight))
+        p, g, m, v = torch.ones(4, 4).unbind()  # lists of tensors go through the stable ABI
+        ops.adamw_([p], [g], [m], [v], lr=0.5, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, step=1)
+        assert torch.equal(p, torch.full((4,), 0.5)) and ops.grad_norm([g, g]) == 8
 print(*sorted(library.ops))
 """
 
