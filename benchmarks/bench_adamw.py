@@ -2,14 +2,10 @@
 
     python benchmarks/bench_adamw.py [--seconds 60] [--only "master"] [--out FILE.json]
 
-operations.py says how it is measured. A model has rows x columns parameters: one matrix for a third of the rows, as an
-embedding is, and 48 for the others, with 98 vectors beside them. The fewest bytes of a parameter, as the kinds go:
-
-    update                         fp32: parameter, gradient, two moments                                28
-    update, master                 16-bit parameter and gradient, fp32 master and moments                28
-    update, master, wide           the same with fp32 gradients                                          30
-    update, stochastic             16-bit parameter and gradient, fp32 moments                           22
-    squares                        of the gradients                                                  2 or 4
+operations.py says how it is measured, cases/adamw.py and cases/grad_norm.py what the fewest bytes are. A model has
+rows x columns parameters: one matrix for a third of the rows, as an embedding is, and 48 for the others, with 98
+vectors beside them. An update moves 28 bytes of a parameter: of fp32 ones, and of bf16 ones with a master. "wide" is
+with fp32 gradients, 30 bytes; "stochastic" without a master, 22. "squares" is the norm, 2 or 4.
 
 All of ours are clipped, by a number on the device. torch's are not: its fused AdamW has clipping in a pass before. It
 has no masters: what stands beside ours there updates fp32 parameters and copies them to the 16-bit ones.
@@ -22,6 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cases import adamw as updates
+from cases import grad_norm as norms
 from operations import EMULATED_ROWS, OURS, Case, main, normal
 from torch import Tensor
 
@@ -78,8 +76,6 @@ def fused(state: Lists, master: bool) -> Callable[[], Any]:
 
 def update(dtype: torch.dtype, *, master: bool = False, wide: bool = False) -> Case:
     grad = F32 if wide else dtype
-    # The gradient and the moments; the master and the parameter, which is only written then.
-    each = grad.itemsize + 16 + (8 + dtype.itemsize if master else 2 * dtype.itemsize)
     stochastic = dtype == BF16 and not master
     kind = "update" + ", master" * master + ", wide" * wide + ", stochastic" * stochastic
 
@@ -89,7 +85,11 @@ def update(dtype: torch.dtype, *, master: bool = False, wide: bool = False) -> C
     contenders = {OURS: contender(ours)}
     if not stochastic:  # torch's has no such rounding
         contenders["eager"] = contender(fused)
-    return Case("adamw", kind, COLUMNS, dtype, lambda rows: each * sum(sizes(rows)), contenders)
+
+    def least_bytes(rows: int) -> int:
+        return updates.of(sizes(rows), dtype, master=master, wide_grad=wide).least_bytes
+
+    return Case("adamw", kind, COLUMNS, dtype, least_bytes, contenders)
 
 
 def squares(dtype: torch.dtype) -> Case:
@@ -101,7 +101,9 @@ def squares(dtype: torch.dtype) -> Case:
         return contender
 
     contenders = {OURS: make(ops.grad_norm), "eager": make(torch.nn.utils.get_total_norm)}
-    return Case("grad_norm", "squares", COLUMNS, dtype, lambda rows: dtype.itemsize * sum(sizes(rows)), contenders)
+    return Case(
+        "grad_norm", "squares", COLUMNS, dtype, lambda rows: norms.of(sizes(rows), dtype).least_bytes, contenders
+    )
 
 
 def cases() -> list[Case]:

@@ -270,7 +270,7 @@ def build_library(sources: Sequence[Path], beside: Path, options: Sequence[str] 
 
 def _digest_of_ingredients(beside: Path) -> str:
     """Of what a source may include; and of the emulator's own sources, for it is linked with what they compile to."""
-    found = [path for name in ("*.h", "*.cuh", "emulator/*.cpp") for path in build.CSRC.rglob(name)]
+    found = [path for name in ("*.h", "*.cuh", "*.cu", "emulator/*.cpp") for path in build.CSRC.rglob(name)]
     found += [path for name in ("*.h", "*.cuh") for path in beside.glob(name)]
     found.append(Path(__file__))  # which says how all that is compiled
     return _digest(*(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(found)))

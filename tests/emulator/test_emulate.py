@@ -177,6 +177,16 @@ def test_a_file_and_the_headers_beside_it(tmp_path: Path) -> None:
     assert y.tolist() == [4, 4]
 
 
+def test_a_kernel_of_the_package_that_changes_is_compiled_anew(tmp_path: Path, monkeypatch) -> None:
+    """A source may include it."""
+    monkeypatch.setattr(emulate.build, "CSRC", tmp_path)
+    digests = set()
+    for text in ("one", "two"):
+        (tmp_path / "kernel.cu").write_text(text)
+        digests.add(emulate._digest_of_ingredients(tmp_path / "beside"))
+    assert len(digests) == 2
+
+
 MANY = """
 import ctypes, shutil, sys, torch
 from pathlib import Path
