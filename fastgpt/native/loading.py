@@ -183,11 +183,11 @@ def _registered_ops(kind: str) -> frozenset[str]:
 _libraries: dict[str, Library | Refused] = {}
 
 
-def library(kind: str, folder: Path = FOLDER) -> Library | Refused:
+def library(kind: str, folder: Path | None = None) -> Library | Refused:
     """The library of a kind, loaded by the first call, from `folder` if that gives one, or why it is refused."""
     if kind not in _libraries:
         try:
-            _libraries[kind] = load(kind, folder)
+            _libraries[kind] = load(kind, folder or FOLDER)  # looked up now: tests put another in its place
         except Refused as refused:
             _libraries[kind] = refused
     return _libraries[kind]
