@@ -4,8 +4,8 @@
 
 operations.py says how it is measured, cases/adamw.py and cases/grad_norm.py what the fewest bytes are. A model has
 rows x columns parameters: one matrix for a third of the rows, as an embedding is, and 48 for the others, with 98
-vectors beside them. An update moves 28 bytes of a parameter: of fp32 ones, and of bf16 ones with a master. "wide" is
-with fp32 gradients, 30 bytes; "stochastic" without a master, 22. "squares" is the norm, 2 or 4.
+vectors beside them. An update moves 28 bytes of a parameter: fp32 ("plain"), or bf16 with a master; "wide" is with
+fp32 gradients, 30 bytes; "stochastic" without a master, 22. "squares" is the norm, 2 or 4.
 
 All of ours are clipped, by a number on the device. torch's are not: its fused AdamW has clipping in a pass before. It
 has no masters: what stands beside ours there updates fp32 parameters and copies them to the 16-bit ones.
@@ -77,7 +77,7 @@ def fused(state: Lists, master: bool) -> Callable[[], Any]:
 def update(dtype: torch.dtype, *, master: bool = False, wide: bool = False) -> Case:
     grad = F32 if wide else dtype
     stochastic = dtype == BF16 and not master
-    kind = "update" + ", master" * master + ", wide" * wide + ", stochastic" * stochastic
+    kind = ("master" if master else "stochastic" if stochastic else "plain") + ", wide" * wide
 
     def contender(make: Callable[[Lists, bool], Callable[[], Any]]) -> Callable[[str, int], Callable[[], Any]]:
         return lambda device, rows: make(lists(rows, dtype, grad, device), master)

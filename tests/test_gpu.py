@@ -295,10 +295,10 @@ def test_least_bytes_of_an_update() -> None:
     cases = [case for case in bench_adamw.cases() if case.op == "adamw"]
     each = {case.name: case.least_bytes(operations.ROWS) / parameters for case in cases}
     assert each == {
-        "adamw update 4096 fp32": 28,
-        "adamw update, master 4096 bf16": 28,
-        "adamw update, master, wide 4096 bf16": 30,
-        "adamw update, stochastic 4096 bf16": 22,
+        "adamw plain 4096 fp32": 28,
+        "adamw master 4096 bf16": 28,
+        "adamw master, wide 4096 bf16": 30,
+        "adamw stochastic 4096 bf16": 22,
     }
 
 
