@@ -118,6 +118,8 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
         try:
             with torch.cuda.graph(graph):
                 work()
+        except torch.OutOfMemoryError:  # has its own remedy
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(

@@ -89,7 +89,10 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def trained(folder: Path, case: str, device: str = "cpu", **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+State = dict[str, torch.Tensor]
+
+
+def trained(folder: Path, case: str, device: str = "cpu", **changes: Any) -> tuple[list[float], State]:
     """The losses of STEPS steps of a case, and the weights and the optimizer's state after them."""
     model, precision, documents, optimizer = CASES[case]
     config = TrainConfig(
