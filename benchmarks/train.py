@@ -28,6 +28,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -450,12 +451,40 @@ def milliseconds_by_group(events: Iterable[Any]) -> Counter[str]:
     return totals
 
 
+# On a GPU a step is replayed, and all that tells its kernels apart is their names: the first group that fits.
+KERNELS = {
+    "attention": r"attention|flash|fmha|sdpa",
+    "loss": r"cross_entropy",
+    "optimizer": r"adamw|grad_norm|multi_tensor",
+    "norms": r"norm_",
+    "activation": r"gelu|swiglu",
+    "rotary, embedding": r"rotary|embedding",
+    "GEMM": r"gemm|cutlass|nvjet|xmma|splitk|gemv",
+    "other": r"",  # PyTorch's own elementwise kernels, copies
+}
+
+
+def milliseconds_by_kernel(events: Iterable[Any]) -> Counter[str]:
+    """What ran on the GPU, by KERNELS; "idle" is the time from the first to the last in which nothing ran."""
+    totals: Counter[str] = Counter()
+    idle, busy_until = 0.0, None
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        group = next(group for group, names in KERNELS.items() if re.search(names, event.name.lower()))
+        totals[group] += (event.time_range.end - event.time_range.start) / 1e3
+        if busy_until is not None:
+            idle += max(0.0, event.time_range.start - busy_until) / 1e3
+        busy_until = max(busy_until or 0.0, event.time_range.end)
+    totals["idle"] = idle
+    return totals
+
+
 class Profile(Callback):
     """Profiles a few steps after a few others, and says what it found."""
 
-    def __init__(self, pipe: Connection):
-        self.pipe = pipe
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    def __init__(self, pipe: Connection, device: torch.device):
+        self.pipe, self.on_gpu = pipe, device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        self.profiler = torch.profiler.profile(activities=[activity.CUDA if self.on_gpu else activity.CPU])
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if metrics["step"] == PROFILED_STEPS:
@@ -464,8 +493,12 @@ class Profile(Callback):
         elif metrics["step"] == 2 * PROFILED_STEPS:
             seconds = time.perf_counter() - self.began
             self.profiler.stop()
-            totals = milliseconds_by_group(self.profiler.events())
-            totals["outside torch"] = 1e3 * seconds - totals.total()
+            if self.on_gpu:
+                of_gpu = torch.autograd.DeviceType.CUDA
+                totals = milliseconds_by_kernel(e for e in self.profiler.events() if e.device_type == of_gpu)
+            else:
+                totals = milliseconds_by_group(self.profiler.events())
+                totals["outside torch"] = 1e3 * seconds - totals.total()
             each = {group: total / PROFILED_STEPS for group, total in totals.items()}
             self.pipe.send({"precision": trainer.precision, "milliseconds": each})
             raise NoMore
@@ -473,7 +506,7 @@ class Profile(Callback):
 
 def profile(pipe: Connection, loop: Loop, shape: Shape, device: torch.device, folder: Path) -> None:
     label_ops()
-    fit(trainer_config(loop, shape, device, folder), Profile(pipe))
+    fit(trainer_config(loop, shape, device, folder), Profile(pipe, device))
 
 
 def profile_loops(loops: list[Loop], shape: Shape, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -483,8 +516,9 @@ def profile_loops(loops: list[Loop], shape: Shape, device: torch.device, folder:
             found = results[loop.name] = worker.answer()
         total = sum(found["milliseconds"].values())
         print(f"\n{shape.name}, {loop.name} in {found['precision']}: {total:.1f} ms in a step while profiled")
-        for group in ("GEMM", *GROUPS, "other", "outside torch"):
-            spent = found["milliseconds"].get(group, 0.0)
+        for group in ("GEMM", *GROUPS, "other", "idle", "outside torch"):
+            if (spent := found["milliseconds"].get(group)) is None:
+                continue
             print(f"  {group:18} {spent:9.2f} ms {spent / total:6.1%}")
     return results
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import native, ops
+from . import native
 from .checkpoint import SAVE_AGAIN_SECONDS, Checkpoint, Keeper, hold, load_training_tensors, training_tensors
 from .config import TrainConfig
 from .errors import UserError
@@ -35,6 +34,7 @@ from .optim import build_optimizer
 from .precision import apply_precision, measure_precision, resolve_device
 from .resume import check_same_run, find_checkpoint
 from .schedule import learning_rate_scale
+from .step import Step
 
 EXIT_INTERRUPTED = 75  # a signal came, the run was saved, and `--resume auto` goes on
 
@@ -141,9 +141,17 @@ class Trainer:
             other = checkpoint.state["config"]["optim"]["optimizer"] != config.optim.optimizer
             load_training_tensors(self.model, self.optimizer, checkpoint, other_optimizer=other)
         self.keeper.check_space(self.model, self.optimizer, config.checkpoint.keep_best)
+        on_gpu = self.device.type == "cuda"
         self.batches = Batches(
-            self.data, config.model.block_size, config.micro_batch_size, config.seed, documents=config.data.documents
+            self.data,
+            config.model.block_size,
+            config.micro_batch_size,
+            config.seed,
+            documents=config.data.documents,
+            pin_memory=on_gpu,
         )
+        has_kernels = native.cuda_ops().issuperset(ops_of(config.model))
+        self.step = Step(self.model, self.optimizer, config, capture=config.cuda_graphs and on_gpu and has_kernels)
         self.log: MetricsLog | None = None
         self._stop: signal.Signals | None = None
 
@@ -215,29 +223,15 @@ class Trainer:
         micro_batches = [self.batches.batch(first + i) for i in range(0, per_step, config.micro_batch_size)]
         # one divisor for the whole step: a mean of the micro-batches' means would weigh their tokens unequally
         targets = max(1, sum(batch.n_targets for batch in micro_batches))
-        parts = []
         for number, batch in enumerate(micro_batches):
             if self._stop is not None:
-                self.optimizer.zero_grad()
+                self.step.reset()
                 return None
             if config.model.dropout:
                 torch.manual_seed((config.seed * 1_000_003 + step * config.accumulation + number) % 2**63)
-            part = self._loss(batch, targets)
-            part.backward()
-            parts.append(part.detach())
-        loss = torch.stack(parts).sum()
-
+            self.step.accumulate(batch, targets)
         scale = learning_rate_scale(step, config.steps, config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None]).sqrt()
-        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        limit = config.optim.grad_clip
-        clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
-        self.optimizer.step(clip=clip, skip=bad)
-        self.optimizer.zero_grad()
-
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()  # the only wait for the device: all is queued
+        loss_value, norm_value = self.step.update(scale).tolist()  # the only wait for the device: all is queued
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.seconds += seconds
@@ -256,12 +250,6 @@ class Trainer:
         if peak := peak_flops(self.device):
             metrics["mfu"] = round(flops_per_token(config.model) * config.batch_tokens / seconds / peak, 4)
         return metrics
-
-    def _loss(self, batch: Any, divisor: int) -> Tensor:
-        idx = batch.idx.to(self.device, non_blocking=True)
-        targets = batch.targets.to(self.device, non_blocking=True)
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device, non_blocking=True)
-        return self.model(idx, targets, cu_seqlens=cu_seqlens, loss_divisor=divisor)
 
     def _note_bad_step(self, loss: float, norm: float, first: int, count: int) -> None:
         progress = self.progress

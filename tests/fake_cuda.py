@@ -161,6 +161,7 @@ def run(folder: Path, case: str, plant: Callable[[Trainer], None] | None = None)
         batch_tokens=ACCUMULATION * 2 * SHAPE["block_size"],
         precision=precision,
         device="cuda",
+        cuda_graphs=False,
     )
     spy, reads, ends, error = Spy(), [], [], None
     pages = [importlib.import_module(f"fastgpt.ops.{page}") for page in schemas.read_pages()]
@@ -168,6 +169,7 @@ def run(folder: Path, case: str, plant: Callable[[Trainer], None] | None = None)
         patch.setattr(train, "GPT", FakeGPT)
         patch.setattr(native, "_warned", True)
         trainer = Trainer(config)
+        trainer.batches.pin_memory = False
         real_batch = trainer.batches.batch
 
         def batch(first_sample: int) -> Any:

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops", "tokenizer"},
     {"model", "optim", "data", "accuracy"},
     {"checkpoint", "generate", "evaluate", "precision"},
-    {"metrics", "resume"},
+    {"metrics", "resume", "step"},
     {"train"},
     {"progress", "estimate", "memory", "plot", "doctor"},
     {"demo"},

@@ -314,6 +314,20 @@ def test_a_backward_is_counted_with_its_forward() -> None:
     }
 
 
+def test_what_a_gpu_did_is_told_by_the_names_of_its_kernels() -> None:
+    ran = [  # microseconds
+        ("void fastgpt::(anonymous namespace)::layer_norm_forward_kernel<float>(fastgpt::Norm)", 0, 10),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNN", 20, 50),
+        ("void flash_fwd_kernel<cutlass::bfloat16_t>()", 45, 60),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>()", 60, 62),
+        ("void fastgpt::(anonymous namespace)::cross_entropy_forward_kernel<float>()", 55, 58),
+        ("void fastgpt::(anonymous namespace)::adamw_kernel<float>()", 70, 71),
+    ]
+    events = [SimpleNamespace(name=n, time_range=SimpleNamespace(start=a, end=b)) for n, a, b in reversed(ran)]
+    found = {group: round(1e3 * ms) for group, ms in train.milliseconds_by_kernel(events).items()}
+    assert found == {"norms": 10, "GEMM": 30, "attention": 15, "other": 2, "loss": 3, "optimizer": 1, "idle": 18}
+
+
 def test_a_profile_names_where_the_time_goes(folder: Path, monkeypatch, capfd) -> None:
     for names in train.GROUPS.values():
         for name in names:

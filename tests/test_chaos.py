@@ -73,7 +73,7 @@ def stop(place: str, number: int, count: int) -> None:
         fastgpt.data.evaluation_batches = batches
         return
     owner, name = {
-        "micro-batch": (train.Trainer, "_loss"),
+        "micro-batch": (train.Step, "accumulate"),
         "step": (train.Trainer, "_step"),
         "save": (ckpt, "_write_tensors"),  # the second file of a checkpoint, say
         "pruning": (ckpt.Keeper, "_prune"),

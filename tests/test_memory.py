@@ -26,15 +26,15 @@ def argv(tmp_path: Path) -> list[str]:
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: Exception, at: int) -> None:
-    """The loss of step `at` cannot have its memory."""
-    real = Trainer._loss
+    """Step `at` cannot have its memory."""
+    real = Trainer._step
 
-    def loss(self: Trainer, *arguments: object) -> torch.Tensor:
+    def step(self: Trainer) -> object:
         if self.progress.step == at:
             raise error
-        return real(self, *arguments)
+        return real(self)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Trainer, "_step", step)
 
 
 @pytest.mark.parametrize("at", [0, 3])

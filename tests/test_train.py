@@ -21,6 +21,7 @@ from fastgpt.evaluate import evaluate
 from fastgpt.metrics import read_metrics
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer
+from fastgpt.step import Step
 from fastgpt.train import Callback
 from tests.synthetic import VOCAB, text_ids, write_dataset
 
@@ -170,16 +171,16 @@ def test_a_signal_between_two_micro_batches_drops_the_step(data, tmp_path, monke
     assert four.accumulation == 4
     whole = Trainer(four.replace(out_dir=str(tmp_path / "whole")))
     whole.fit()
-    trainer, loss, calls = Trainer(four), Trainer._loss, []
+    trainer, accumulate, calls = Trainer(four), Step.accumulate, []
 
     def signalled(self, *arguments):
         calls.append(1)
         if len(calls) == 4 * 5 + 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(self, *arguments)
+        accumulate(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss", signalled)
+        patch.setattr(Step, "accumulate", signalled)
         assert trainer.fit().step == 5
     assert trainer.interrupted and len(calls) == 4 * 5 + 2
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -395,8 +396,8 @@ def test_refusals_before_anything_is_built(data, tmp_path, monkeypatch):
 def test_a_bad_step_changes_nothing_is_recorded_and_stops_the_run_when_it_repeats(data, tmp_path):
     class Poison(Callback):
         def on_start(self, trainer):
-            self.original, self.before = trainer._loss, None
-            trainer._loss = lambda batch, n: self.original(batch, n) * (float("nan") if self.hit(trainer) else 1.0)
+            accumulate, self.before = trainer.step.accumulate, None
+            trainer.step.accumulate = lambda batch, n: accumulate(batch, math.nan if self.hit(trainer) else n)
 
         def hit(self, trainer):
             return trainer.progress.step in (2, *range(5, 99))

@@ -87,6 +87,7 @@ class Batches:
         documents: also give cu_seqlens. A document begins at the `<|endoftext|>` before it, as in evaluation and in
             sampling: its first token is then learned too, and no target lies in another document than its input.
         eot_id: the id that ends a document; the stream's own when not given.
+        pin_memory: page-locked batches, which a GPU can fetch while the host goes on.
 
     Raises UserError where the split is shorter than block_size + 1.
     """
@@ -99,6 +100,7 @@ class Batches:
         seed: int,
         documents: bool = False,
         eot_id: int | None = None,
+        pin_memory: bool = False,
     ):
         if stream.tokens < block_size + 1:
             raise UserError(
@@ -111,6 +113,7 @@ class Batches:
         self.seed = seed
         self.documents = documents
         self.eot_id = stream.eot_id if eot_id is None else eot_id
+        self.pin_memory = pin_memory
         self.samples_per_epoch = stream.tokens // block_size
         self._ahead: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -139,9 +142,11 @@ class Batches:
                 row[stop - start :] = self.stream.read(0, width - (stop - start))
         tokens = torch.from_numpy(rows)
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        if not self.documents:
-            return Batch(idx, targets, idx.numel())
-        return Batch(idx, targets, idx.numel(), _cu_seqlens(_begins(idx.numpy(), self.eot_id)))
+        cu_seqlens = _cu_seqlens(_begins(idx.numpy(), self.eot_id)) if self.documents else None
+        if self.pin_memory:
+            idx, targets = idx.pin_memory(), targets.pin_memory()
+            cu_seqlens = None if cu_seqlens is None else cu_seqlens.pin_memory()
+        return Batch(idx, targets, idx.numel(), cu_seqlens)
 
     def _starts(self, first: int) -> np.ndarray:
         """starts() of one batch, computed for many samples at a time."""

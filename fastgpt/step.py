@@ -1,0 +1,128 @@
+"""What an optimizer step computes on the device, in two parts, each of which a CUDA graph can hold.
+
+accumulate  forward and backward of one micro-batch, added to the gradients and to the step's losses
+update      the norm of all gradients, the clip, the optimizer
+
+Neither reads a value of the device, and neither depends on a number of the host: what differs from step to step
+(tokens, learning rates, the count of targets) is written into tensors that stay where they are. So on a GPU each part
+is captured once and then replayed: one launch for a micro-batch and one for an update, whatever the model's depth. On a
+CPU, and where config.cuda_graphs is off, the same functions are simply called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import TrainConfig
+from .data.batches import Batch
+from .errors import UserError
+from .model import GPT
+from .optim import AdamW
+
+
+class Step:
+    """One optimizer step after the other: `accumulate` for each micro-batch, then `update`.
+
+    capture: replay CUDA graphs. What both parts do is then the same to the last bit as without.
+    """
+
+    def __init__(self, model: GPT, optimizer: AdamW, config: TrainConfig, capture: bool):
+        self.model, self.optimizer, self.config, self.captured = model, optimizer, config, capture
+        device, shape = model.device, (config.micro_batch_size, config.model.block_size)
+        self.idx = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.targets = torch.zeros_like(self.idx)
+        self.cu_seqlens: Tensor | None = None
+        if config.data.documents:  # room for a document a token: repeated bounds are harmless
+            self.cu_seqlens = torch.full((self.idx.numel() + 1,), self.idx.numel(), dtype=torch.int32, device=device)
+        self.divisor = torch.ones((), dtype=torch.float64, device=device)
+        self.losses = torch.zeros(config.accumulation, dtype=torch.float64, device=device)  # of the micro-batches
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next one
+        self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
+        self._accumulate, self._update = self.accumulate_eagerly, self.update_eagerly
+        if capture:
+            self._capture()
+
+    def accumulate(self, batch: Batch, divisor: int) -> None:
+        """Add a micro-batch (B, T) to the step; `divisor` is the number of targets of the whole step."""
+        self.idx.copy_(batch.idx, non_blocking=True)
+        self.targets.copy_(batch.targets, non_blocking=True)
+        if self.cu_seqlens is not None:
+            n = len(batch.cu_seqlens)
+            self.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
+            self.cu_seqlens[n:].fill_(self.idx.numel())
+        self.divisor.fill_(divisor)
+        self._accumulate()
+
+    def update(self, lr_scale: float) -> Tensor:
+        """Apply what was accumulated, under the initial learning rates times `lr_scale`, unless loss or norm is not
+        finite. Returns (loss, norm of the gradient before it is clipped), (2,), which the next update overwrites."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(group["initial_lr"] * lr_scale)
+        self._update()
+        return self.outcome
+
+    def reset(self) -> None:
+        """Forget what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=not self.captured)
+        self.number.zero_()
+
+    # ---- the two parts -----------------------------------------------------------------------------
+
+    def accumulate_eagerly(self) -> None:
+        loss = self.model(self.idx, self.targets, cu_seqlens=self.cu_seqlens, loss_divisor=self.divisor)
+        loss.backward()
+        self.losses.index_copy_(0, self.number, loss.detach().view(1).double())
+        self.number.add_(1)
+
+    def update_eagerly(self) -> None:
+        loss = self.losses.sum()
+        norm = ops.grad_norm([p.grad for p in self.model.parameters() if p.grad is not None]).sqrt()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        limit = self.config.optim.grad_clip
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
+        self.optimizer.step(clip=clip, skip=bad)
+        self.outcome.copy_(torch.stack([loss, norm]))
+        self.reset()
+
+    # ---- CUDA graphs ---------------------------------------------------------------------------------
+
+    def _capture(self) -> None:
+        """Both parts are run once first, for what libraries and the optimizer set up, and change nothing."""
+        for p in self.model.parameters():  # what a graph adds to must be there
+            p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype)
+        self._accumulate = captured(self.accumulate_eagerly, self.idx.device)
+        self.losses.fill_(torch.nan)  # an update that is skipped
+        self._update = captured(self.update_eagerly, self.idx.device)
+        self.losses.zero_()
+        self.reset()
+
+
+def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """work() as a CUDA graph, after it has run once: a function that replays it on the current stream.
+
+    Raises UserError where something in it cannot be captured.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        except torch.OutOfMemoryError:  # has its own remedy
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"a training step cannot be captured as a CUDA graph ({reason}); train with --cuda_graphs false"
+            ) from error
+    return graph.replay
