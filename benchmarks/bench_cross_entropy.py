@@ -17,7 +17,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import cross_entropy as entries
-from operations import DIRECTIONS, EMULATED_ROWS, OURS, Case, compiled, main, normal, of_liger
+from operations import (
+    DIRECTIONS,
+    EMULATED_ROWS,
+    OURS,
+    Case,
+    Functions,
+    Make,
+    compiled,
+    contenders,
+    least_of,
+    main,
+    normal,
+    of_liger,
+)
 from torch import Tensor
 
 from fastgpt import native, ops
@@ -36,7 +49,7 @@ def eager(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets)
 
 
-FUNCTIONS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+FUNCTIONS: Functions = {
     OURS: lambda: ops.cross_entropy,
     "eager": lambda: eager,
     "compile": lambda: compiled(eager),
@@ -55,29 +68,26 @@ def in_place_by_liger(logits: Tensor, targets: Tensor) -> Callable[[], Any]:
 
 
 def case(direction: str, V: int, dtype: torch.dtype) -> Case:
-    def inputs(device: str, rows: int) -> tuple[Tensor, Tensor]:
+    def inputs(device: str, rows: int) -> tuple[list[Tensor], list[Tensor]]:
         rows = fewer(rows, V, dtype)
-        return normal(rows, V, dtype=dtype, device=device), torch.arange(rows, device=device) * 7 % V
+        return [normal(rows, V, dtype=dtype, device=device)], [torch.arange(rows, device=device) * 7 % V]
 
     def least_bytes(rows: int) -> int:
         name = "cross_entropy_gradient_" if direction == "gradient" else f"cross_entropy_{direction}"
-        [entry] = (case for case in entries.of(fewer(rows, V, dtype), V, dtype) if case.entry == name)
-        return entry.least_bytes
+        return least_of(entries.of(fewer(rows, V, dtype), V, dtype), name)
 
-    def contender(function: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[str, int], Callable]:
-        def make(device: str, rows: int) -> Callable[[], Any]:
-            logits, targets = inputs(device, rows)
-            made = function()
-            return DIRECTIONS[direction](lambda x: made(x, targets), [logits])
+    def in_one_call(make: Callable[[Tensor, Tensor], Callable[[], Any]]) -> Make:
+        def on(device: str, rows: int) -> Callable[[], Any]:
+            (logits,), (targets,) = inputs(device, rows)
+            return make(logits, targets)
 
-        return make
+        return on
 
     if direction == "gradient":
-        both = {OURS: in_place, "liger": in_place_by_liger}
-        contenders = {n: lambda device, rows, make=make: make(*inputs(device, rows)) for n, make in both.items()}
+        found = {OURS: in_one_call(in_place), "liger": in_one_call(in_place_by_liger)}
     else:
-        contenders = {name: contender(function) for name, function in FUNCTIONS.items()}
-    return Case("cross_entropy", direction, V, dtype, least_bytes, contenders)
+        found = contenders(FUNCTIONS, direction, inputs)
+    return Case("cross_entropy", direction, V, dtype, least_bytes, found)
 
 
 def cases() -> list[Case]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases.norm import Norm
-from operations import DIRECTIONS, OURS, Case, compiled, main, normal, of_liger
+from operations import DIRECTIONS, OURS, Case, Functions, compiled, contenders, least_of, main, normal, of_liger
 from torch import Tensor
 
 from fastgpt import ops
@@ -44,7 +44,7 @@ def liger(op: str) -> Callable[..., Any]:
 
 
 EAGER = {"layer_norm": layer_norm, "rms_norm": rms_norm}
-FUNCTIONS: dict[str, dict[str, Callable[[], Callable[..., Any]]]] = {
+FUNCTIONS: dict[str, Functions] = {
     "layer_norm": {OURS: lambda: lambda x, residual, weight, bias: ops.layer_norm(x, weight, bias, residual=residual)},
     "rms_norm": {OURS: lambda: lambda x, residual, weight: ops.rms_norm(x, weight, residual=residual)},
 }
@@ -58,18 +58,13 @@ def case(op: str, direction: str, columns: int, dtype: torch.dtype) -> Case:
     parameters = 2 if op == "layer_norm" else 1
 
     def least_bytes(rows: int) -> int:
-        [entry] = (case for case in Norm(op, rows, columns, dtype).cases() if case.entry == f"{op}_{direction}")
-        return entry.least_bytes
+        return least_of(Norm(op, rows, columns, dtype).cases(), f"{op}_{direction}")
 
-    def contender(function: Callable[[], Callable[..., Any]]) -> Callable[[str, int], Callable[[], Any]]:
-        def make(device: str, rows: int) -> Callable[[], Any]:
-            x, residual = (normal(rows, columns, dtype=dtype, device=device, seed=s) for s in (1, 2))
-            channels = [normal(columns, dtype=dtype, device=device, seed=3 + i) for i in range(parameters)]
-            return DIRECTIONS[direction](function(), [x, residual, *channels])
+    def inputs(device: str, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        x, residual = (normal(rows, columns, dtype=dtype, device=device, seed=s) for s in (1, 2))
+        return [x, residual, *(normal(columns, dtype=dtype, device=device, seed=3 + i) for i in range(parameters))], []
 
-        return make
-
-    return Case(op, direction, columns, dtype, least_bytes, {n: contender(f) for n, f in FUNCTIONS[op].items()})
+    return Case(op, direction, columns, dtype, least_bytes, contenders(FUNCTIONS[op], direction, inputs))
 
 
 def cases() -> list[Case]:

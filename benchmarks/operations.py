@@ -31,6 +31,7 @@ from typing import Any
 
 import harness
 import torch
+from cases import Case as Entry
 from torch import Tensor
 
 from fastgpt import native
@@ -54,7 +55,7 @@ class Case:
 
     op: str
     direction: str
-    """forward or backward."""
+    """forward, backward, or what else an op's file explains."""
     columns: int
     dtype: torch.dtype
     least_bytes: Callable[[int], int]
@@ -97,6 +98,33 @@ def backward(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[[],
 
 DIRECTIONS = {"forward": forward, "backward": backward}
 
+Functions = dict[str, Callable[[], Callable[..., Any]]]
+Inputs = Callable[[str, int], tuple[list[Tensor], list[Tensor]]]
+
+
+def contenders(functions: Functions, direction: str, inputs: Inputs) -> dict[str, Make]:
+    """Each function, made when its turn comes, in a direction on the same inputs.
+
+    inputs: for a device and a number of rows, the tensors that have gradients, and those that have none. A function
+    takes the former, then the latter.
+    """
+
+    def contender(function: Callable[[], Callable[..., Any]]) -> Make:
+        def make(device: str, rows: int) -> Callable[[], Any]:
+            leaves, constants = inputs(device, rows)
+            made = function()
+            return DIRECTIONS[direction](lambda *leaves: made(*leaves, *constants), leaves)
+
+        return make
+
+    return {name: contender(function) for name, function in functions.items()}
+
+
+def least_of(entries: list[Entry], name: str) -> int:
+    """The fewest bytes of one entry among those of an op in one shape (benchmarks/cases)."""
+    [entry] = (entry for entry in entries if entry.entry == name)
+    return entry.least_bytes
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """By torch.compile, for these shapes alone."""
@@ -114,8 +142,8 @@ def of_liger(function: str) -> Callable[..., Any]:
 
 def missing(contender: str, device: str) -> str:
     """Why a contender cannot take part at all, or nothing."""
-    if contender == "compile" and device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs triton, which is not installed"
+    if contender in ("compile", "triton") and device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if contender == "compile" and not any(map(shutil.which, ("gcc", "cc", "clang"))):
         return "torch.compile needs a C compiler, and there is none"
     if contender == "liger" and importlib.util.find_spec("liger_kernel") is None:

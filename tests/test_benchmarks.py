@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,14 +17,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import harness  # noqa: E402 - found through the line above
+import operations  # noqa: E402
 import train  # noqa: E402
 
-from fastgpt import ops  # noqa: E402
+from fastgpt import native, ops  # noqa: E402
+from tests.native_cases import built  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPE = train.Shape("tiny", vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=16, batch_size=4)
@@ -377,3 +381,25 @@ def test_what_cannot_be_is_refused(arguments: list[str], words: str, tmp_path: P
     assert train.main(["--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("train: error: ") and words in error and error.count("\n") == 1
+
+
+# ---- the ops -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "embedding", "gelu", "norm", "rotary", "swiglu"])
+def test_contenders_compute_the_same_and_no_fewer_bytes_could_do(op: str, monkeypatch) -> None:
+    """Each op and direction in its smallest shape: ours on the emulator beside torch's."""
+    built("emulated")
+    monkeypatch.setattr(operations, "EMULATED_ROWS", rows := 8)
+    cases: dict[tuple[str, str], operations.Case] = {}
+    for case in importlib.import_module(f"bench_{op}").cases():
+        if case.dtype == torch.float32:
+            cases.setdefault((case.op, case.direction), case)
+    for case in cases.values():
+        assert 1 <= operations.count(case)["bytes_over_least"] < 3, case.name  # so few rows have as many partial sums
+        if "eager" in case.contenders:
+            theirs = case.contenders["eager"]("cpu", rows)()
+            with native.emulated(checked=False):
+                ours = case.contenders[operations.OURS]("cpu", rows)()
+            for a, b in zip(*([y] if isinstance(y, Tensor) else y for y in (ours, theirs)), strict=True):
+                torch.testing.assert_close(a, b, msg=lambda m, name=case.name: f"{name}: {m}")

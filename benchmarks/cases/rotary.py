@@ -13,11 +13,13 @@ from . import SHORT, Case, normal
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype, *, norm: bool = False, path: str = "vector") -> list[Case]:
-    """All entries for a qkv of (1, T, H + 2 KV, D)."""
+def of(
+    T: int, H: int, KV: int, D: int, dtype: torch.dtype, *, B: int = 1, norm: bool = False, path: str = "vector"
+) -> list[Case]:
+    """All entries for a qkv of (B, T, H + 2 KV, D)."""
     what = f"{T} x {H} + {KV} heads of {D} {SHORT[dtype]}"
     compute = F64 if dtype == F64 else F32
-    heads, head = H + 2 * KV, T * D * dtype.itemsize
+    heads, head = H + 2 * KV, B * T * D * dtype.itemsize
     tables = T * D * compute.itemsize
     weights = 2 * D * dtype.itemsize
 
@@ -25,7 +27,7 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype, *, norm: bool = Fals
         return (*(t.to(compute) for t in rotary_tables(T, D, 10000.0, device=device)), None)
 
     def x(device: str) -> torch.Tensor:
-        return normal(1, T, heads, D, dtype=dtype, device=device)
+        return normal(B, T, heads, D, dtype=dtype, device=device)
 
     def plain(device: str) -> tuple[Any, ...]:
         return x(device), *at(device), H, KV
@@ -35,7 +37,7 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype, *, norm: bool = Fals
         return x(device), *at(device), q, k, H, KV, 1e-6
 
     def backward(device: str) -> tuple[Any, ...]:
-        return normal(1, T, heads, D, dtype=dtype, device=device, seed=1), *with_norm(device), True, True
+        return normal(B, T, heads, D, dtype=dtype, device=device, seed=1), *with_norm(device), True, True
 
     # A token reads its row of both tables, whatever the others read: their positions may all be different.
     most, whole = (1.03, 1.0) if path == "vector" else (None, None)
