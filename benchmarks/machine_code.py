@@ -23,6 +23,8 @@ KINDS = {
     "LDG.128": r"LDG(?!STS)\S*\.128",
     "LDG": r"LDG(?!STS)|LD\b",
     "STG.128": r"STG\S*\.128",
+    "STG.64": r"STG\S*\.64",
+    "STG.16": r"STG\S*\.[US](?:16|8)\b",
     "STG": r"STG|ST\b",
     "LDS": r"LDS(?!M)",
     "STS": r"STS(?!M)",

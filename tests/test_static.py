@@ -87,6 +87,8 @@ def test_nothing_lies_in_local_memory_and_vectors_are_vectors(found: dict[str, A
                 reached = [kernels[name]["instructions"] for name in found["traffic"][case.name]["shapes"]]
                 kinds = ("LDG.128",) if case.entry == "grad_norm" else ("LDG.128", "STG.128")
                 assert any(all(kernel[kind] for kind in kinds) for kernel in reached), f"{arch} {case.name}"
+        for name in static.on_vectors(found) & kernels.keys():
+            assert kernels[name]["instructions"]["STG.16"] == 0, f"{arch} {name} stores single 16-bit elements"
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------
@@ -134,6 +136,8 @@ BASELINE = {
         (("machine_code", "sm_80", "k", "local_bytes"), 8, "sm_80 k: local bytes 0 -> 8 (worse)"),
         (("machine_code", "sm_80", "k", "warps"), 44, "sm_80 k: warps 48 -> 44 (worse)"),
         (("machine_code", "sm_80", "k", "instructions", "STL"), 1, "sm_80 k: STL 0 -> 1 (worse)"),
+        (("machine_code", "sm_80", "k", "instructions", "STG"), 5, "sm_80 k: STG 0 -> 5 (worse)"),
+        (("machine_code", "sm_80", "k", "instructions", "STG.16"), 8, "sm_80 k: STG.16 0 -> 8 (worse)"),
         (("machine_code", "sm_80", "k", "instructions", "LDG.128"), 0, "sm_80 k: LDG.128 4 -> 0 (worse)"),
         (("traffic", "other"), TRAFFIC, "other: is new"),
         (("machine_code", "sm_80", "l"), MACHINE_CODE, "sm_80 l: is new"),
@@ -158,6 +162,17 @@ def test_other_instructions_come_and_go_with_every_edit() -> None:
     now = copy.deepcopy(BASELINE)
     now["machine_code"]["sm_80"]["k"]["instructions"].update({"LDG.128": 2, "other": 7, "FP32": 9})
     assert static.differences(now, BASELINE) == []
+
+
+def test_narrow_stores_are_those_of_a_generic_path() -> None:
+    """Which stores one element at a time, unrolled as the compiler likes; and of a kernel that serves both paths."""
+    for path, shapes in (("generic", {"k": [128, 0]}), ("vector", {})):
+        before = copy.deepcopy(BASELINE)
+        before["traffic"] |= {"other": {**TRAFFIC, "path": "generic", "shapes": {"k": [128, 0]}}}
+        before["traffic"]["call"] |= {"path": path, "shapes": shapes}
+        now = copy.deepcopy(before)
+        now["machine_code"]["sm_80"]["k"]["instructions"]["STG.16"] = 8
+        assert static.differences(now, before) == []
 
 
 def test_machine_code_of_another_compiler_is_not_compared() -> None:
@@ -243,6 +258,9 @@ def test_without_cuobjdump_or_library_the_reason_is_told(tmp_path: Path, monkeyp
         ("LDG.E.U16", "LDG"),
         ("STG.E.128", "STG.128"),
         ("STG.E", "STG"),
+        ("STG.E.64", "STG.64"),
+        ("STG.E.U16", "STG.16"),
+        ("STG.E.U8", "STG.16"),
         ("LDS.128", "LDS"),
         ("LDSM.16.MT88.4", "LDSM"),
         ("LDGSTS.E.BYPASS.128", "LDGSTS"),

@@ -41,7 +41,9 @@ def of(
 
     # A token reads its row of both tables, whatever the others read: their positions may all be different.
     most, whole = (1.03, 1.0) if path == "vector" else (None, None)
-    if whole and dtype.itemsize == 2:  # a lane takes 32 bytes of a table, in two halves of a sector one after the other
+    if whole and dtype.itemsize == 2:
+        # A lane takes 32 bytes of a table in two halves of a sector, one right after the other: the second comes from
+        # the L1 cache. To exchange them between lanes would take more than it saves.
         whole = 1.05
     if norm:
         both = 3 * heads - KV  # the values of x are not read

@@ -35,4 +35,23 @@ __device__ __forceinline__ void sum_over(A (&values)[kCount]) {
   }
 }
 
+// The sum of `count` elements, each `stride` after the one before, of a lane's own: a block of kWarps warps has 32 such
+// columns, and each warp adds up every kWarps-th row, 128 bytes at a time. In double. The first warp gets the sums; all of
+// the block must be here, also lanes without a column (!exists).
+template <int kWarps, class A>
+__device__ __forceinline__ double sum_of_column(const A* first, int64_t count, int64_t stride, bool exists) {
+  __shared__ double of_warp[kWarps][kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  double sum = 0;
+  if (exists) {
+    for (int64_t i = warp; i < count; i += kWarps) sum += first[i * stride];
+  }
+  of_warp[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    for (int other = 1; other < kWarps; ++other) sum += of_warp[other][lane];
+  }
+  return sum;
+}
+
 }  // namespace fastgpt

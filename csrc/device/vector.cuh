@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/cuda.h"
+#include "ptx/store.cuh"
 
 namespace fastgpt {
 
@@ -28,6 +29,12 @@ __device__ __forceinline__ Vec16<T> load16(const T* p) {
 template <class T, int kSize>
 __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;
+}
+// The same, to global memory, for loops in which the compiler takes a vector apart; elsewhere it needs more registers.
+template <class T, int kSize>
+__device__ __forceinline__ void store_whole(T* p, const Vec<T, kSize>& v) {
+  if constexpr (sizeof(v) == 16) store_16_bytes(p, v);
+  else store(p, v);
 }
 template <class T>
 __device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {

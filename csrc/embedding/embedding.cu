@@ -29,6 +29,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int64_t kRun = 64;
+constexpr int kBackwardBlocks = 4;  // of a multiprocessor: 64 registers; left to itself ptxas spills for more on some chips
 
 template <class T>
 using Wide = decltype(widen(T()));
@@ -79,33 +80,74 @@ __device__ __forceinline__ void add_places(const EmbeddingBackward& p, int64_t b
   }
 }
 
+// A lane's sums in accesses of up to 16 bytes; those of 16-bit elements take two.
+template <int kSize, class A>
+struct Parts {
+  static constexpr int kStep = kSize * sizeof(A) >= 16 ? 16 / sizeof(A) : 1, kCount = kSize / kStep;
+  using Part = Vec<A, kStep>;
+
+  static __device__ __forceinline__ Part of(const A (&sums)[kSize], int number) {
+    Part part;
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) part.at[j] = sums[number * kStep + j];
+    return part;
+  }
+  // In a row of partials, which nobody else reads, come first the first parts of all lanes, then the second ones: a warp's
+  // access has whole sectors.
+  static __device__ __forceinline__ A* in_partials(const EmbeddingBackward& p, int64_t run, int64_t column, int number) {
+    return static_cast<A*>(p.partials) + run * p.columns + (number * p.columns + column) / kCount;
+  }
+};
+
 // sums += partials[run] for begin <= run < end.
 template <int kSize, class A>
-__device__ __forceinline__ void add_runs(const EmbeddingBackward& p, int64_t begin, int64_t end, int64_t column,
+__device__ __forceinline__ void add_runs(const EmbeddingBackward& p, int begin, int end, int64_t column,
                                          A (&sums)[kSize]) {
-  constexpr int kStep = kSize * sizeof(A) >= 16 ? 16 / sizeof(A) : 1;
-  for (int64_t run = begin; run < end; ++run) {
-    const A* of_run = static_cast<const A*>(p.partials) + run * p.columns + column;
+  using P = Parts<kSize, A>;
+  [[maybe_unused]] constexpr int kRuns = 2 / P::kCount;  // at a time
+#pragma unroll kRuns
+  for (int run = begin; run < end; ++run) {
 #pragma unroll
-    for (int i = 0; i < kSize; i += kStep) {
-      const Vec<A, kStep> part = load<kStep>(of_run + i);
+    for (int number = 0; number < P::kCount; ++number) {
+      const typename P::Part part = load<P::kStep>(P::in_partials(p, run, column, number));
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) sums[i + j] += part.at[j];
+      for (int j = 0; j < P::kStep; ++j) sums[number * P::kStep + j] += part.at[j];
     }
   }
 }
 
+// Where a lane has two parts, lanes 2k and 2k + 1 exchange one, so that a warp's stores have whole sectors: the first has
+// the first 32 bytes of each pair, the second the others. A lane whose neighbour has no columns keeps both its own. All of
+// a warp are here.
 template <int kSize, class A>
-__device__ __forceinline__ void store_all(A* to, const A (&from)[kSize]) {
-  constexpr int kStep = kSize * sizeof(A) >= 16 ? 16 / sizeof(A) : 1;
+struct Exchanged {
+  using P = Parts<kSize, A>;
+  typename P::Part part[P::kCount];
+  int64_t place[P::kCount];
+
+  __device__ __forceinline__ Exchanged(const A (&sums)[kSize], int64_t column, int64_t columns) {
+    part[0] = P::of(sums, 0);
+    place[0] = column;
+    if constexpr (P::kCount == 2) {
+      part[1] = P::of(sums, 1);
+      place[1] = column + P::kStep;
+      const bool odd = threadIdx.x % 2, paired = odd || in_bounds(column + kSize, columns);
+      typename P::Part other;
 #pragma unroll
-  for (int i = 0; i < kSize; i += kStep) {
-    Vec<A, kStep> part;
+      for (int j = 0; j < P::kStep; ++j) {
+        other.at[j] = __shfl_xor_sync(0xffffffffu, odd ? part[0].at[j] : part[1].at[j], 1);
+      }
+      const typename P::Part first = part[0], second = part[1];
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) part.at[j] = from[i + j];
-    store(to + i, part);
+      for (int j = 0; j < P::kStep; ++j) {
+        part[0].at[j] = odd ? other.at[j] : first.at[j];
+        part[1].at[j] = !odd && paired ? other.at[j] : second.at[j];
+      }
+      place[0] -= odd ? P::kStep : 0;
+      place[1] += !odd && paired ? P::kStep : 0;
+    }
   }
-}
+};
 
 // partials[run]: the sum over a run of sorted places, if they all have the same id.
 template <class T, int kSize>
@@ -119,18 +161,22 @@ __global__ __launch_bounds__(kThreads) void embedding_runs_kernel(EmbeddingBackw
     const int64_t column = first + threadIdx.x % kWarp * kSize;
     A sums[kSize] = {};
     add_places<T>(p, begin, end, column, sums);
-    if (in_bounds(column, p.columns)) store_all(static_cast<A*>(p.partials) + run * p.columns + column, sums);
+    if (!in_bounds(column, p.columns)) continue;
+#pragma unroll
+    for (int number = 0; number < Parts<kSize, A>::kCount; ++number) {
+      store(Parts<kSize, A>::in_partials(p, run, column, number), Parts<kSize, A>::of(sums, number));
+    }
   }
 }
 
 template <class T, int kSize>
-__global__ __launch_bounds__(kThreads) void embedding_backward_kernel(EmbeddingBackward p) {
+__global__ __launch_bounds__(kThreads, kBackwardBlocks) void embedding_backward_kernel(EmbeddingBackward p) {
   using A = Wide<T>;
   const int64_t row = index_of_warp();
   if (!in_bounds(row, p.rows)) return;
   const int64_t begin = p.begins[row], end = p.begins[row + 1];
   // Whole runs are in the middle, from first_run on; before and behind them are places of runs that the id shares.
-  const int64_t first_run = (begin + kRun - 1) / kRun, runs = max(end / kRun - first_run, int64_t(0));
+  const int first_run = int((begin + kRun - 1) / kRun), runs = max(int(end / kRun) - first_run, 0);
   const int64_t whole = runs > 0 ? first_run * kRun : end;
 
   for (int64_t first = 0; first < p.columns; first += kWarp * kSize) {
@@ -142,10 +188,14 @@ __global__ __launch_bounds__(kThreads) void embedding_backward_kernel(EmbeddingB
       add_places<T>(p, side ? whole + runs * kRun : begin, side ? end : whole, column, sums);
       if (side == 0 && has_columns) add_runs(p, first_run, first_run + runs, column, sums);
     }
-    if (!has_columns) continue;
     if (p.wide) {
-      store_all(static_cast<A*>(p.d_weight) + row * p.columns + column, sums);
-    } else {
+      const Exchanged<kSize, A> exchanged(sums, column, p.columns);
+#pragma unroll
+      for (int number = 0; number < Parts<kSize, A>::kCount; ++number) {
+        A* const to = static_cast<A*>(p.d_weight) + row * p.columns + exchanged.place[number];
+        if (has_columns) store_whole(to, exchanged.part[number]);
+      }
+    } else if (has_columns) {
       Vec<T, kSize> rounded;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) rounded.at[i] = narrow<T>(sums[i]);

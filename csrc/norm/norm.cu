@@ -394,29 +394,18 @@ __global__ __launch_bounds__(kPartialsThreads) void norm_partials_generic_kernel
 
 // ---- the sum over partials, of both paths ------------------------------------------------------------------------
 
-constexpr int kSumSlices = 8;
+constexpr int kSumWarps = 8;
 
-// A block for 32 columns of d_weight (y = 0) or d_bias (y = 1); each warp adds up every eighth row of partials, 128
-// bytes at a time. No rows: zeros.
+// A block for 32 columns of d_weight (y = 0) or d_bias (y = 1). No rows of partials: zeros.
 template <class A>
-__global__ __launch_bounds__(kWarp * kSumSlices) void norm_sum_partials_kernel(NormBackward p) {
+__global__ __launch_bounds__(kWarp * kSumWarps) void norm_sum_partials_kernel(NormBackward p) {
   const Channels& out = blockIdx.y == 0 ? p.d_weight : p.d_bias;
   if (!out.data) return;
-  __shared__ double sums[kSumSlices][kWarp];
+  const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;
+  const bool exists = in_bounds(column, p.columns);
   const A* partials = static_cast<const A*>(p.partials) + blockIdx.y * p.sums * p.columns;
-  const int slice = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
-
-  double sum = 0;
-  if (in_bounds(column, p.columns)) {
-    for (int64_t i = slice; i < p.sums; i += kSumSlices) sum += partials[i * p.columns + column];
-  }
-  sums[slice][lane] = sum;
-  __syncthreads();
-  if (slice == 0 && in_bounds(column, p.columns)) {
-    for (int other = 1; other < kSumSlices; ++other) sum += sums[other][lane];
-    store_as(out.data, out.dtype, column, sum);
-  }
+  const double sum = sum_of_column<kSumWarps>(partials + column, p.sums, p.columns, exists);
+  if (exists && threadIdx.x < kWarp) store_as(out.data, out.dtype, column, sum);
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------------------
@@ -503,7 +492,7 @@ void backward_generic(const NormBackward& p, Stream stream) {
 template <class A>
 void sum_partials(const NormBackward& p, Stream stream) {
   const dim3 grid(unsigned(divided_up(p.columns, kWarp)), p.d_bias.data ? 2 : 1);
-  launch(norm_sum_partials_kernel<A>, {grid, dim3(kWarp * kSumSlices), 0, stream}, p);
+  launch(norm_sum_partials_kernel<A>, {grid, dim3(kWarp * kSumWarps), 0, stream}, p);
 }
 
 }  // namespace

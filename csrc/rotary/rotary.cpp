@@ -18,10 +18,12 @@ struct Heads {
   explicit Heads(const Tensor& x)
       : tensor(x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x)) {}
 
-  ConstHeads in(const Call& call, const char* name) const {
+  // data: what the call gave for the tensor.
+  ConstHeads at(const void* data) const {
     const auto step = [&](int64_t d) { return tensor.size(d) > 1 ? tensor.stride(d) : 0; };
-    return {call.in(tensor, name), step(0), step(1), step(2)};
+    return {data, step(0), step(1), step(2)};
   }
+  ConstHeads in(const Call& call, const char* name) const { return at(call.in(tensor, name)); }
 };
 
 class RotaryAlignment : public Alignment {
@@ -83,6 +85,12 @@ struct Inputs {
   }
 };
 
+void launch_rotary(const char* entry, const Rotary& p, const Call& call) {
+  RotaryAlignment found(p.plan);
+  found.heads(p.x);
+  launch_rotary(p, remember(entry, found), call.stream());
+}
+
 Tensor rotated(const char* entry, const Tensor& x, const Tensor& cos, const Tensor& sin,
                const OptionalTensor& positions, int64_t n_head, int64_t n_kv_head, bool backwards) {
   Inputs inputs(x, cos, sin, positions, n_head, n_kv_head);
@@ -92,9 +100,7 @@ Tensor rotated(const char* entry, const Tensor& x, const Tensor& cos, const Tens
   inputs.give(call);
   Rotary p{inputs.plan, heads.in(call, backwards ? "d_y" : "qkv"), call.out(y, backwards ? "d_qkv" : "y")};
   p.backwards = backwards;
-  RotaryAlignment found(p.plan);
-  found.heads(p.x);
-  launch_rotary(p, remember(entry, found), call.stream());
+  launch_rotary(entry, p, call);
   return y;
 }
 
@@ -114,11 +120,10 @@ void rotary_forward_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Op
   STD_TORCH_CHECK(qkv.is_contiguous(), "rotary_forward_: qkv must be contiguous");
   const Call call(qkv);
   inputs.give(call);
-  Rotary p{inputs.plan, Heads(qkv).in(call, "qkv"), call.out(qkv, "qkv")};
+  void* const data = call.in_place(qkv, "qkv");
+  Rotary p{inputs.plan, Heads(qkv).at(data), data};
   p.in_place = true;
-  RotaryAlignment found(p.plan);
-  found.heads(p.x);
-  launch_rotary(p, remember("rotary_forward_", found), call.stream());
+  launch_rotary("rotary_forward_", p, call);
 }
 
 Tensor weight_of(const Tensor& qkv, const Tensor& weight, const char* name) {

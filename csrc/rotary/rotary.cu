@@ -140,8 +140,8 @@ struct Pair {
     if (at.both) second = load<kSize>(head + at.second);
   }
   __device__ __forceinline__ void write(T* head, const Places& at) const {
-    store(head + at.first, first);
-    if (at.both) store(head + at.second, second);
+    store_whole(head + at.first, first);
+    if (at.both) store_whole(head + at.second, second);
   }
 };
 
@@ -154,7 +154,7 @@ __device__ __forceinline__ void copy_values(const RotaryPlan& plan, const ConstH
   T* to = y + first * plan.width;
   for (int i = threadIdx.x % kWarp; i < all; i += kWarp) {
     const int head = i / of_head;
-    store(to + int64_t(i) * kSize, load<kSize>(from + head * x.head + (i - head * of_head) * kSize));
+    store_whole(to + int64_t(i) * kSize, load<kSize>(from + head * x.head + (i - head * of_head) * kSize));
   }
 }
 
@@ -245,27 +245,54 @@ __device__ __forceinline__ void take_weights(const P& p, Weight<A, kSize> (&weig
   }
 }
 
+// What a lane of these kernels needs besides heads: the turn and the weights at its slot. On the vector path a lane has one
+// slot, and reads them when a token, or its query or key heads, begin; with kSize = 1 it reads them at every slot.
+template <class A, int kSize>
+struct NormLane {
+  const RotaryPlan& plan;
+  Slots slots;
+  Places places;
+  Weight<A, kSize> weights[2];
+  Turn<A, kSize> turn;
+  A first[kSize], second[kSize];  // weights
+
+  template <class P>
+  __device__ __forceinline__ explicit NormLane(const P& p) : plan(p.plan), slots(plan, kSize) {
+    places = Places::of<kSize>(plan, slots, slots.first());
+    take_weights<A, kSize>(p, weights);
+  }
+  __device__ __forceinline__ void begin_token(const Token& token) {
+    if (kSize > 1 && slots.first() < slots.pairs) turn.read_turn(plan, token, places.first);
+  }
+  __device__ __forceinline__ void begin_part(int part) {
+    if (kSize > 1 && slots.first() < slots.all) weights[part].read_weight(first, second, places);
+  }
+  __device__ __forceinline__ void begin_slot(const Token& token, int part, const Places& at) {
+    if constexpr (kSize == 1) {
+      weights[part].read_weight(first, second, at);
+      if (at.rotated) turn.read_turn(plan, token, at.first);
+    }
+  }
+};
+
 template <class T, int kSize>
 __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_kernel(RotaryNormForward p) {
   using A = Wide<T>;
   const RotaryPlan& plan = p.plan;
-  const Slots slots(plan, kSize);
   const A width = A(plan.width);
-  Weight<A, kSize> weights[2];
-  take_weights<A, kSize>(p, weights);
-  const Places places = Places::of<kSize>(plan, slots, slots.first());  // on the vector path a lane has no others
+  NormLane<A, kSize> lane(p);
+  const Slots& slots = lane.slots;
+  const Turn<A, kSize>& turn = lane.turn;
 
   for (int64_t index = token_of_warp(); index < plan.batches * plan.tokens; index += int64_t(gridDim.x) * kWarps) {
     const Token token(plan, index);
     const T* x = token.in<T>(p.x);
     T* y = token.out<T>(plan, p.y);
-    Turn<A, kSize> turn;
-    if (kSize > 1 && slots.first() < slots.pairs) turn.read_turn(plan, token, places.first);
+    lane.begin_token(token);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
-      A first[kSize], second[kSize];
-      if (kSize > 1 && slots.first() < slots.all) weights[part].read_weight(first, second, places);
+      lane.begin_part(part);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -284,23 +311,17 @@ __global__ __launch_bounds__(kThreads, kNormBlocks) void rotary_norm_forward_ker
         const A rstd = inverse_sqrt(sum_of_head(squares, slots.lanes) / width + A(p.eps));
         for (int slot = slots.first(); exists && slot < slots.all; slot += slots.lanes) {
           const Places at = Places::of<kSize>(plan, slots, slot);
-          if constexpr (kSize == 1) {
-            pair.read_pair(x + (begin + head) * p.x.head, at);
-            weights[part].read_weight(first, second, at);
-            if (at.rotated) turn.read_turn(plan, token, at.first);
-          }
+          if constexpr (kSize == 1) pair.read_pair(x + (begin + head) * p.x.head, at);
+          lane.begin_slot(token, part, at);
+          Pair<T, kSize> y_pair;
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            A a = widen(pair.first.at[i]) * rstd * first[i], b = widen(pair.second.at[i]) * rstd * second[i];
-            if (at.rotated) {
-              const A turned = a * turn.cos[i] - b * turn.sin[i];
-              b = b * turn.cos[i] + a * turn.sin[i];
-              a = turned;
-            }
-            pair.first.at[i] = narrow<T>(a);
-            pair.second.at[i] = narrow<T>(b);
+            const A a = widen(pair.first.at[i]) * rstd * lane.first[i];
+            const A b = widen(pair.second.at[i]) * rstd * lane.second[i];
+            y_pair.first.at[i] = narrow<T>(at.rotated ? a * turn.cos[i] - b * turn.sin[i] : a);
+            y_pair.second.at[i] = narrow<T>(at.rotated ? b * turn.cos[i] + a * turn.sin[i] : b);
           }
-          pair.write(y + (begin + head) * plan.width, at);
+          y_pair.write(y + (begin + head) * plan.width, at);
         }
       }
     }
@@ -314,11 +335,10 @@ template <class T, int kSize>
 __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_kernel(RotaryNormBackward p) {
   using A = Wide<T>;
   const RotaryPlan& plan = p.plan;
-  const Slots slots(plan, kSize);
   const A width = A(plan.width);
-  Weight<A, kSize> weights[2];
-  take_weights<A, kSize>(p, weights);
-  const Places places = Places::of<kSize>(plan, slots, slots.first());  // on the vector path a lane has no others
+  NormLane<A, kSize> lane(p);
+  const Slots& slots = lane.slots;
+  const Turn<A, kSize>& turn = lane.turn;
 
   A d_first[2][kSize] = {}, d_second[2][kSize] = {};  // of the weights, on the vector path
   const int64_t run = int64_t(blockIdx.x) * p.tokens_of_sum;
@@ -326,13 +346,11 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
   for (int64_t index = run + threadIdx.x / kWarp; index < end; index += kSumWarps) {
     const Token token(plan, index);
     const T *x = token.in<T>(p.x), *d_y = token.in<T>(p.d_y);
-    Turn<A, kSize> turn;
-    if (kSize > 1 && slots.first() < slots.pairs) turn.read_turn(plan, token, places.first);
+    lane.begin_token(token);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int begin = part ? int(plan.q_heads) : 0, heads = int(part ? plan.k_heads : plan.q_heads);
-      A first[kSize], second[kSize];
-      if (kSize > 1 && slots.first() < slots.all) weights[part].read_weight(first, second, places);
+      lane.begin_part(part);
 
       for (int group = 0; group < heads; group += slots.groups) {
         const int64_t head = group + slots.group();
@@ -344,10 +362,7 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
           Pair<T, kSize> of_d_y;
           of_x.read_pair(x_head, at);
           of_d_y.read_pair(d_y_head, at);
-          if constexpr (kSize == 1) {
-            weights[part].read_weight(first, second, at);
-            if (at.rotated) turn.read_turn(plan, token, at.first);
-          }
+          lane.begin_slot(token, part, at);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(of_d_y.first.at[i]), b = widen(of_d_y.second.at[i]);
@@ -364,10 +379,10 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(of_x.first.at[i]), b = widen(of_x.second.at[i]);
             squares += a * a;
-            products += g_first[i] * first[i] * a;
+            products += g_first[i] * lane.first[i] * a;
             if (!at.both) continue;
             squares += b * b;
-            products += g_second[i] * second[i] * b;
+            products += g_second[i] * lane.second[i] * b;
           }
         }
         const A rstd = inverse_sqrt(sum_of_head(squares, slots.lanes) / width + A(p.eps));
@@ -383,8 +398,8 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A a = widen(of_x.first.at[i]) * rstd, b = widen(of_x.second.at[i]) * rstd;
-            d_x.first.at[i] = narrow<T>(rstd * (g_first[i] * first[i] - a * mean));
-            d_x.second.at[i] = narrow<T>(rstd * (g_second[i] * second[i] - b * mean));
+            d_x.first.at[i] = narrow<T>(rstd * (g_first[i] * lane.first[i] - a * mean));
+            d_x.second.at[i] = narrow<T>(rstd * (g_second[i] * lane.second[i] - b * mean));
             if constexpr (kSize > 1) {
               d_first[part][i] += g_first[i] * a;
               d_second[part][i] += g_second[i] * b;
@@ -459,15 +474,15 @@ __global__ __launch_bounds__(kThreads) void rotary_norm_partials_kernel(RotaryNo
   }
 }
 
-// A thread for each channel of both weights.
+// A block for 32 channels of both weights, side by side.
 template <class A>
-__global__ __launch_bounds__(kWarp) void rotary_norm_sum_kernel(RotaryNormBackward p) {
-  const int64_t i = int64_t(blockIdx.x) * kWarp + threadIdx.x;
-  if (!in_bounds(i, 2 * p.plan.width)) return;
-  double total = 0;
-  for (int64_t sum = 0; sum < p.sums; ++sum) total += static_cast<const A*>(p.partials)[sum * 2 * p.plan.width + i];
-  if (i < p.plan.width) store_as(p.d_q_weight, p.q_weight_dtype, i, total);
-  else store_as(p.d_k_weight, p.k_weight_dtype, i - p.plan.width, total);
+__global__ __launch_bounds__(kThreads) void rotary_norm_sum_kernel(RotaryNormBackward p) {
+  const int64_t width = p.plan.width, i = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;
+  const bool exists = in_bounds(i, 2 * width);
+  const double sum = sum_of_column<kWarps>(static_cast<const A*>(p.partials) + i, p.sums, 2 * width, exists);
+  if (!exists || threadIdx.x >= kWarp) return;
+  if (i < width) store_as(p.d_q_weight, p.q_weight_dtype, i, sum);
+  else store_as(p.d_k_weight, p.k_weight_dtype, i - width, sum);
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------------------
@@ -520,7 +535,7 @@ void launch_rotary_norm_backward(const RotaryNormBackward& p, RotaryPath path, S
       launch(rotary_norm_partials_kernel<T>, {grid, dim3(kThreads), 0, stream}, p);
     }
     const dim3 grid(unsigned(divided_up(2 * p.plan.width, kWarp)));
-    launch(rotary_norm_sum_kernel<Wide<T>>, {grid, dim3(kWarp), 0, stream}, p);
+    launch(rotary_norm_sum_kernel<Wide<T>>, {grid, dim3(kThreads), 0, stream}, p);
   });
 }
 

@@ -6,6 +6,7 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/store.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -18,6 +19,7 @@ struct SharedMemory {
 
 __global__ void sm80(const float* x, float* y) {
   SharedMemory& shared = dynamic_shared<SharedMemory>();
+  store_16_bytes(y, *reinterpret_cast<const uint4*>(x));
   cp_async(shared.tile, x);
   cp_async<8>(shared.tile, x);
   cp_async<4>(shared.tile, x, threadIdx.x == 0);

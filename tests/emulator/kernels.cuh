@@ -8,12 +8,24 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/store.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
 using namespace fastgpt;
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+
+// ---- st.global.v4 ----
+
+// The warp's 32 pieces of 16 bytes in reverse order.
+__global__ void store_in_reverse(const unsigned char* x, unsigned char* y) {
+  struct alignas(16) Piece {
+    unsigned char at[16];
+  } piece;
+  for (int i = 0; i < 16; ++i) piece.at[i] = x[16 * threadIdx.x + i];
+  store_16_bytes(y + 16 * (31 - threadIdx.x), piece);
+}
 
 // ---- cp.async ----
 

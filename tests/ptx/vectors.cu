@@ -113,6 +113,11 @@ void copies(Io& io) {
             io.out<unsigned char>(kCopies * kBytes));
 }
 
+VECTOR(store_16_bytes, 80, "bits") {
+  const unsigned char* x = io.in<unsigned char>(512);
+  io.launch(store_in_reverse, {dim3(1), dim3(32), 0}, x, io.out<unsigned char>(512));
+}
+
 VECTOR(named_barriers, 80, "whole") {
   const float* x = io.in<float>(64);
   io.launch(exchange_through_named_barriers, {dim3(1), dim3(64), sizeof(ExchangeShared)}, x, io.out<float>(64));
