@@ -97,16 +97,16 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
   std::vector<int64_t> shape = shape_of_rows(logits);
   const Tensor losses = torch::stable::new_empty(logits, shape, accumulator_of(logits));
   shape.push_back(2);
-  const Tensor peak_and_sum = torch::stable::new_empty(logits, shape, accumulator_of(logits));
+  const Tensor peak_and_rest = torch::stable::new_empty(logits, shape, accumulator_of(logits));
   p.logits = {call.in(inputs.logits.tensor, "logits"), inputs.logits.stride};
   p.losses = call.out(losses, "losses");
-  p.peak_and_sum = call.out(peak_and_sum, "peak_and_sum");
+  p.peak_and_rest = call.out(peak_and_rest, "peak_and_rest");
   launch_cross_entropy(p, choose_path(entry, p, false), call.stream());
-  return {losses, peak_and_sum};
+  return {losses, peak_and_rest};
 }
 
 Tensor cross_entropy_backward(const Tensor& d_losses_, const Tensor& logits, const Tensor& targets,
-                              const Tensor& peak_and_sum_, int64_t ignore_index, double label_smoothing, double z_loss,
+                              const Tensor& peak_and_rest_, int64_t ignore_index, double label_smoothing, double z_loss,
                               double softcap, std::optional<int64_t> vocab_size) {
   const char* entry = "cross_entropy_backward";
   STD_TORCH_CHECK(logits.dim() >= 1, entry, ": logits must have at least one dimension");
@@ -114,11 +114,11 @@ Tensor cross_entropy_backward(const Tensor& d_losses_, const Tensor& logits, con
   const Inputs inputs(entry, logits, targets);
   CrossEntropy p = inputs.parameters(entry, call, {ignore_index, label_smoothing, z_loss, softcap, vocab_size});
   const Tensor d_losses = inputs.row_values(entry, d_losses_, 1, "d_losses");
-  const Tensor peak_and_sum = inputs.row_values(entry, peak_and_sum_, 2, "peak_and_sum");
+  const Tensor peak_and_rest = inputs.row_values(entry, peak_and_rest_, 2, "peak_and_rest");
   const Tensor d_logits = empty(logits, logits.sizes(), logits.scalar_type());
   p.logits = {call.in(inputs.logits.tensor, "logits"), inputs.logits.stride};
   p.d_losses = call.in(d_losses, "d_losses");
-  p.known = call.in(peak_and_sum, "peak_and_sum");
+  p.known = call.in(peak_and_rest, "peak_and_rest");
   p.d_logits = call.out(d_logits, "d_logits");
   p.d_stride = inputs.logits.columns;
   launch_cross_entropy_backward(p, choose_path(entry, p, false), call.stream());

@@ -25,8 +25,9 @@
 // choose_path says which it is. All this is arithmetic; no time on a GPU has been taken so far.
 //
 // Losses are float, whatever the logits are stored in, so their e^x are the library's; those of gradients in 16 bits are
-// one approximate instruction. The probability of a target near 1 must not lose its distance from 1, so the target's
-// gradient comes from its loss, by expm1. A target that is out of range makes its row NaN, and nothing is read at it.
+// one approximate instruction. The probability of a target near 1 must not lose its distance from 1: its own term is not
+// in the sum, and where it is the peak, whose term is 1, the loss is log1p of the sum of the others. The target's gradient
+// comes from that by expm1. A target that is out of range makes its row NaN, and nothing is read at it.
 
 #include "cross_entropy/cross_entropy.h"
 
@@ -103,8 +104,8 @@ __device__ __forceinline__ void widen_logits(A (&x)[kSize], const Vec<T, kSize>&
   }
 }
 
-// What a thread has seen of a row. The sum for label smoothing is one of logits that may be far from 0, next to each
-// other: in double it keeps their digits.
+// What a thread has seen of a row: peak and sum of all columns but the target. The sum for label smoothing is one of
+// logits that may be far from 0, next to each other: in double it keeps their digits.
 template <class A>
 struct Seen {
   A peak = -A(INFINITY), sum = 0, target_logit = 0;
@@ -114,6 +115,18 @@ struct Seen {
   __device__ __forceinline__ void add(const Vec<T, kSize>& v, const CrossEntropy& p, int first, int target) {
     A x[kSize];
     widen_logits(x, v, p, first);
+    if (p.label_smoothing != 0) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) total += first + i < p.vocab_size ? double(x[i]) : 0.0;
+    }
+    if (unsigned(target - first) < unsigned(kSize)) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (first + i != target) continue;
+        target_logit = x[i];
+        x[i] = -A(INFINITY);
+      }
+    }
     A larger = peak;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) larger = max(larger, x[i]);  // NaN is in the sum, not here
@@ -122,14 +135,15 @@ struct Seen {
     peak = larger;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) sum += exp(x[i] - base);
-    if (p.label_smoothing != 0) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) total += first + i < p.vocab_size ? double(x[i]) : 0.0;
-    }
-    if (unsigned(target - first) < unsigned(kSize)) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) target_logit = first + i == target ? x[i] : target_logit;
-    }
+  }
+
+  // Takes the target in, once all columns have been seen. Returns the rest: the sum of all columns less 1, which is the
+  // peak's own term. If the target is the peak, that is the sum of the others, to the last digit.
+  __device__ __forceinline__ A add_target() {
+    const A larger = max(peak, target_logit), base = base_of(larger);
+    const A others = sum * exp(peak - base);
+    peak = larger;
+    return others + (exp(target_logit - base) - 1);
   }
 };
 
@@ -178,13 +192,13 @@ __device__ __forceinline__ void join_threads(Seen<A>& seen, int owner, bool with
 // The factors of a row's gradients.
 template <class T, class A>
 struct Gradient {
-  A d_loss, peak, sum, factor, of_all, z_part;  // of_all: what is subtracted from every column
+  A d_loss, peak, rest, factor, of_all, z_part;  // of_all: what is subtracted from every column
   Target target;
 
-  __device__ __forceinline__ Gradient(const CrossEntropy& p, Target target, A d_loss, A peak, A sum)
-      : d_loss(d_loss), peak(peak), sum(sum), z_part(0), target(target) {
-    if (p.z_loss != 0) z_part = 2 * A(p.z_loss) * (peak + log(sum));
-    factor = target.column < 0 ? A(NAN) : d_loss * (1 + z_part) / sum;
+  __device__ __forceinline__ Gradient(const CrossEntropy& p, Target target, A d_loss, A peak, A rest)
+      : d_loss(d_loss), peak(peak), rest(rest), z_part(0), target(target) {
+    if (p.z_loss != 0) z_part = 2 * A(p.z_loss) * (peak + log1p(rest));
+    factor = target.column < 0 ? A(NAN) : d_loss * (1 + z_part) / (1 + rest);
     of_all = d_loss * A(p.label_smoothing) / A(p.vocab_size);
   }
 
@@ -204,7 +218,7 @@ struct Gradient {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         if (first + i != target.column) continue;
-        const A nll = (peak - x[i]) + log(sum);
+        const A nll = (peak - x[i]) + log1p(rest);
         d_x[i] = d_loss * (expm1(-nll) + z_part * exp(-nll) + A(p.label_smoothing)) - of_all;
       }
     }
@@ -249,6 +263,7 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
     const auto in_shared = [&](int vector) { return &dynamic_shared<T>() + (of_block * kept + vector) * kSize; };
     const Target target = target_of(p, row);
     Seen<A> seen;
+    A rest = 0;
     if (!target.ignored) {
       if constexpr (kSize > 1) {
         if (kept > 0) {
@@ -269,12 +284,13 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
       }
       const int owner = target.column < 0 ? 0 : target.column / kSize % Tile::kRowThreads;
       join_threads<Tile>(seen, owner, p.label_smoothing != 0);
+      rest = seen.add_target();
     }
 
     if (lane == 0) {
       A loss = 0;
       if (!target.ignored) {
-        const A log_sum = log(seen.sum), smoothing = A(p.label_smoothing);
+        const A log_sum = log1p(rest), smoothing = A(p.label_smoothing);
         loss = (seen.peak - seen.target_logit) + log_sum;  // the difference first: exact where the loss is small
         if (p.label_smoothing != 0) {
           const A mean_distance = A(double(seen.peak) - seen.total / p.vocab_size);
@@ -284,13 +300,13 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
         if (target.column < 0) loss = A(NAN);
       }
       static_cast<A*>(p.losses)[row] = loss;
-      if (p.peak_and_sum) store(static_cast<A*>(p.peak_and_sum) + 2 * row, Vec<A, 2>{seen.peak, seen.sum});
+      if (p.peak_and_rest) store(static_cast<A*>(p.peak_and_rest) + 2 * row, Vec<A, 2>{seen.peak, rest});
     }
     if (!p.d_logits) continue;
 
-    const Gradient<T, A> gradient(p, target, static_cast<const A*>(p.d_losses)[row], seen.peak, seen.sum);
+    const Gradient<T, A> gradient(p, target, static_cast<const A*>(p.d_losses)[row], seen.peak, rest);
     const auto write = [&](int vector, const Vec<T, kSize>& x) {
-      store(static_cast<T*>(p.d_logits) + row * p.d_stride + vector * kSize, gradient.of(x, p, vector * kSize));
+      store_whole(static_cast<T*>(p.d_logits) + row * p.d_stride + vector * kSize, gradient.of(x, p, vector * kSize));
     };
     const int read = target.ignored ? 0 : vectors;
     for (int vector = lane; vector < min(kept, read); vector += Tile::kRowThreads) {

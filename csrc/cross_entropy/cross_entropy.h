@@ -24,9 +24,9 @@ struct CrossEntropy {
   double label_smoothing = 0, z_loss = 0, softcap = 0;  // s, z; softcap 0: none, else x <- softcap * tanh(x / softcap)
 
   void* losses = nullptr;          // (N) A
-  void* peak_and_sum = nullptr;    // (N, 2) A; null: not wanted
+  void* peak_and_rest = nullptr;   // (N, 2) A; null: not wanted
   const void* d_losses = nullptr;  // (N) A
-  const void* known = nullptr;     // (N, 2) A: the peak_and_sum that the backward begins with
+  const void* known = nullptr;     // (N, 2) A: the peak_and_rest that the backward begins with
   void* d_logits = nullptr;        // rows of `columns`, d_stride apart; may be the logits; null: not wanted
   int64_t d_stride = 0;
   int kept_vectors = 0;            // of a row in shared memory between its two passes; set by the launcher

@@ -164,13 +164,14 @@ def check_options(
 
 # softcap 0: none. d_losses (...) is the gradient of the losses, of their dtype.
 SCHEMAS = {
-    # peak_and_sum (..., 2) is for the backward: the largest logit x of a row, and the sum of exp(x_j - x).
+    # peak_and_rest (..., 2) is for the backward: the largest logit x of a row, and the sum of exp(x_j - x) less x's own
+    # term, 1.
     "cross_entropy_forward": (
         "(Tensor logits, Tensor targets, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-        "int? vocab_size) -> (Tensor losses, Tensor peak_and_sum)"
+        "int? vocab_size) -> (Tensor losses, Tensor peak_and_rest)"
     ),
     "cross_entropy_backward": (
-        "(Tensor d_losses, Tensor logits, Tensor targets, Tensor peak_and_sum, int ignore_index, "
+        "(Tensor d_losses, Tensor logits, Tensor targets, Tensor peak_and_rest, int ignore_index, "
         "float label_smoothing, float z_loss, float softcap, int? vocab_size) -> Tensor d_logits"
     ),
     # Both at once, in one read and one write: the logits, contiguous, become their gradient.
@@ -205,20 +206,20 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ops: Any, logits: Tensor, targets: Tensor, options: tuple, overwrite: bool) -> Tensor:
-        losses, peak_and_sum = ops.cross_entropy_forward.default(logits, targets, *options)
+        losses, peak_and_rest = ops.cross_entropy_forward.default(logits, targets, *options)
         ctx.ops, ctx.options, ctx.overwrite = ops, options, overwrite
-        ctx.save_for_backward(logits, targets, peak_and_sum)
+        ctx.save_for_backward(logits, targets, peak_and_rest)
         return losses
 
     @staticmethod
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         contract.refuse_double_backward("cross_entropy")
-        logits, targets, peak_and_sum = ctx.saved_tensors
+        logits, targets, peak_and_rest = ctx.saved_tensors
         if ctx.overwrite and not torch.compiler.is_compiling():
             ctx.ops.cross_entropy_gradient_.default(logits, targets, d_losses, *ctx.options)
             # Autograd is to know, so that no other backward takes them for the logits.
             torch.autograd.graph.increment_version(logits)
             d_logits = logits.detach()  # the memory alone: a gradient has no graph
         else:
-            d_logits = ctx.ops.cross_entropy_backward.default(d_losses, logits, targets, peak_and_sum, *ctx.options)
+            d_logits = ctx.ops.cross_entropy_backward.default(d_losses, logits, targets, peak_and_rest, *ctx.options)
         return None, d_logits, None, None, None

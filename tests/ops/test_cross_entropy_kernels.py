@@ -223,6 +223,15 @@ def test_far_from_zero(shift: float, dtype: torch.dtype) -> None:
     check(x, targets, f"{shift:+}, smoothed", label_smoothing=0.3)
 
 
+@pytest.mark.parametrize("columns", [16, 1030, 1040])
+def test_a_sure_target_keeps_the_digits_of_its_loss(columns: int) -> None:
+    """Also where the threads of a row have many small terms to add to its 1, which would lose them one by one."""
+    targets = torch.arange(12) * (columns - 1) // 11
+    for distance in (9.0, 12.0, 16.0):
+        x = (randn(12, columns) / 4).scatter_(1, targets[:, None], distance).float()
+        check(x, targets, f"sure by {distance}")
+
+
 def test_a_sure_target_keeps_its_gradient() -> None:
     """Its probability rounds to 1 in bfloat16, but 1 less that is not 0."""
     x = torch.zeros(1, 16, dtype=BF16)
@@ -381,7 +390,7 @@ def test_entries_refuse_what_would_leave_their_memory() -> None:
         r"vocab_size must be in 1 \.\. 8, got 9": lambda: forward(x, targets, *arguments({"vocab_size": 9})),
         r"vocab_size must be in 1 \.\. 8, got 0": lambda: forward(x, targets, *arguments({"vocab_size": 0})),
         "float64, float32, bfloat16 or float16": lambda: forward(x.int(), targets, *given),
-        "peak_and_sum must be on the device of logits, 2 for each row": lambda: backward(
+        "peak_and_rest must be on the device of logits, 2 for each row": lambda: backward(
             ones, x, targets, ones, *given
         ),
         "d_losses must be on the device of logits, 1 for": lambda: backward(ones[:2], x, targets, known, *given),
