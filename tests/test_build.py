@@ -571,6 +571,16 @@ def test_a_whole_build_is_quick_and_small(archs, seconds, tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_spills_on_architectures_that_are_not_built_by_default(monkeypatch, tmp_path):
+    """A spill ends the build."""
+    needs_nvcc()
+    archs = ["7.5", "8.6", "8.9", "10.0", "12.0"]
+    monkeypatch.setenv("FASTGPT_CUDA_ARCHS", ";".join(archs))
+    result = build.build("cuda", out=tmp_path / "out", work=tmp_path / "work")
+    assert (result["status"], result["archs"]) == ("built", archs)
+
+
+@pytest.mark.slow
 def test_the_libraries_load_in_a_second_torch(tmp_path):
     """Another version than the one whose headers they were compiled with; a download of gigabytes."""
     import torch
