@@ -2,10 +2,10 @@
 
     python benchmarks/bench_rotary.py [--seconds 150] [--only "in place 2304"] [--out FILE.json]
 
-operations.py says how it is measured, cases/rotary.py what the fewest bytes are. Rows are tokens, in sequences of up to 1,024; columns (H + 2 KV) D, as in GPT-2
-(12 heads of 64) and of Llama-like models. "in place" is the forward of rotary where the caller has no more use for its
-input: value heads are not touched. Liger's rotates queries and keys in place too, from tensors of their own, without
-norm, and stands beside that.
+operations.py says how it is measured, cases/rotary.py what the fewest bytes are. Rows are tokens, in sequences of up to
+1,024; columns (H + 2 KV) D, as in GPT-2 (12 heads of 64) and in Llama-like models. "in place" is the forward of rotary
+where the caller has no more use for its input: value heads are not touched. Liger's rotates queries and keys in place
+too, from tensors of their own, without norm, and stands beside that.
 """
 
 from __future__ import annotations
