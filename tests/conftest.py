@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "norms": (138, ("ops/test_layer_norm", "ops/test_rms_norm", "ops/test_norm_kernels")),
     "activations": (50, ("ops/test_swiglu", "ops/test_gelu", "ops/test_activation_kernels")),
-    "losses": (88, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
+    "losses": (98, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
     "rotary and embedding": (50, ("ops/test_rotary", "ops/test_embedding")),
     "optimizer": (44, ("ops/test_adamw", "ops/test_grad_norm")),
     "ops": (78, ("ops/", "test_rule")),
@@ -44,9 +44,9 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "data": (128, ("test_data_",)),
     "tokenizer": (38, ("test_tokenizer",)),
     "demo": (156, ("test_demo", "test_plot")),
-    "benchmarks": (94, ("test_benchmarks", "test_gpu", "test_triton_twins")),
+    "benchmarks": (100, ("test_benchmarks", "test_gpu", "test_triton_twins")),
     "cli": (72, ("test_cli", "test_config", "test_doctor")),
-    "guide": (122, ("test_guide",)),
+    "guide": (152, ("test_guide",)),
     "others": (54, ("",)),
 }
 

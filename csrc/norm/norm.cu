@@ -51,7 +51,7 @@ struct Rows {
 };
 // kVectors: 16-byte vectors of a row that a thread has, at most. Blocks: on a multiprocessor at a time.
 struct NarrowTile : Rows<kWarp, 128> {
-  static constexpr int kVectors = 3, kForwardBlocks = 5, kBackwardBlocks = 3;
+  static constexpr int kVectors = 3, kForwardBlocks = 4, kBackwardBlocks = 3;
 };
 struct MiddleTile : Rows<128, 128> {
   static constexpr int kVectors = 2, kForwardBlocks = 6, kBackwardBlocks = 4;
