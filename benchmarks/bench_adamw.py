@@ -54,10 +54,15 @@ def lists(rows: int, dtype: torch.dtype, grad: torch.dtype, device: str) -> List
 
 def ours(state: Lists, master: bool) -> Callable[[], Any]:
     device = state[0][0].device
-    numbers = dict(step=torch.tensor(3.0, device=device), clip=torch.tensor(0.5, device=device))
+    numbers = dict(step=torch.tensor(3.0, device=device), clip=torch.tensor(1.0, device=device))
     numbers["skip"] = torch.tensor(False, device=device)
     masters = [p.float() for p in state[0]] if master else None
-    return lambda: ops.adamw_(*state, **HYPER, **numbers, masters=masters, seed=7)
+
+    def call() -> list[Tensor]:
+        ops.adamw_(*state, **HYPER, **numbers, masters=masters, seed=7)
+        return state[0]
+
+    return call
 
 
 def fused(state: Lists, master: bool) -> Callable[[], Any]:
@@ -65,11 +70,12 @@ def fused(state: Lists, master: bool) -> Callable[[], Any]:
     targets = [p.float() for p in params] if master else params
     steps = [torch.tensor(3.0, device=params[0].device) for _ in params]
 
-    def call() -> None:
+    def call() -> list[Tensor]:
         wide = [g.float() for g in grads] if grads[0].dtype != targets[0].dtype else grads
         torch._fused_adamw_(targets, wide, m, v, [], steps, **HYPER, amsgrad=False, maximize=False)
         if master:
             torch._foreach_copy_(params, targets)
+        return params
 
     return call
 
@@ -100,7 +106,7 @@ def squares(dtype: torch.dtype) -> Case:
 
         return contender
 
-    contenders = {OURS: make(ops.grad_norm), "eager": make(torch.nn.utils.get_total_norm)}
+    contenders = {OURS: make(ops.grad_norm), "eager": make(lambda grads: torch.nn.utils.get_total_norm(grads).square())}
     return Case(
         "grad_norm", "squares", COLUMNS, dtype, lambda rows: norms.of(sizes(rows), dtype).least_bytes, contenders
     )

@@ -74,9 +74,9 @@ class Examined:
 
 def examine(op: str, disabled_site: int | None = None) -> Examined:
     """Runs an op's kernels on the inputs of fastgpt/accuracy.py and on the first case of each of its entries."""
-    found, page = Examined(op), op.rstrip("_")
+    found = Examined(op)
     try:
-        with native.emulated(profile=True, only=[page], disabled_site=disabled_site):
+        with native.emulated(profile=True, only=[op], disabled_site=disabled_site):
             native.launches(), native.counters(), findings()
             for dtype in accuracy.DTYPES:
                 errors = found.errors[dtype] = accuracy.errors(op, dtype)
@@ -86,7 +86,7 @@ def examine(op: str, disabled_site: int | None = None) -> Examined:
                     found.wrong = found.wrong or off
             found.gradients = "ok" if check_gradients(op) else "-"
             found.launched = native.launches()
-        for entry in read_pages().get(page, ()):
+        for entry in read_pages().get(op, ()):
             case = next(case for case in every_case() if case.entry == entry)
             found.traffic.append(static.traffic(case, checked=True))
             found.wrong = found.wrong or "; ".join(static.missed(case, found.traffic[-1]))
@@ -124,7 +124,7 @@ def check_gradients(op: str) -> bool:
 def barriers(op: str) -> list[native.Site]:
     """Every __syncthreads that a small call of an op meets, those in a kernel itself before those in helpers; none of
     an op that is wrong already."""
-    with native.emulated(only=[op.rstrip("_")]):
+    with native.emulated(only=[op]):
         try:
             accuracy.errors(op, torch.bfloat16)
         except RuntimeError:
@@ -137,7 +137,7 @@ def findings_without(op: str, site: native.Site) -> list[native.Finding]:
     """What the emulator says of the same call with a site switched off."""
     findings()
     try:
-        with native.emulated(only=[op.rstrip("_")], disabled_site=site.id):
+        with native.emulated(only=[op], disabled_site=site.id):
             accuracy.errors(op, torch.bfloat16)
     except RuntimeError:  # which has the same in words
         pass
@@ -313,12 +313,15 @@ def tell(screen: Screen, seconds: float) -> int:
     screen.line("", Text(f"{how} ({cpu_name()}) by an emulator of GPU threads", style=MUTED))
     screen.print()
     show_head(screen)
-    ops, examined = [op for op in native.OPS if op.rstrip("_") in library.ops], []
+    ops, examined = [op for op in native.OPS if op in library.ops], []
+    longest = 0.0  # as long as which the next op may take
     for op in ops:
-        if examined and time.monotonic() - began > seconds - LAST_SECONDS:
+        start = time.monotonic()
+        if examined and start - began + longest > seconds - LAST_SECONDS:
             break
         with screen.busy(op):
             examined.append(examine(op))
+        longest = max(longest, time.monotonic() - start)
         show(screen, examined[-1])
     if late := ops[len(examined) :]:
         screen.print(Text(f"out of time for {', '.join(late)}; `make kernels` shows all", style=MUTED))

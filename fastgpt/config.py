@@ -506,8 +506,8 @@ class TrainConfig(_Config):
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     cuda_graphs: bool = True
-    """On a GPU with kernels for every op: record a step as CUDA graphs once and replay them. Off: launch each kernel by
-    itself, which tells more where something fails."""
+    """On a GPU with kernels for every op: record a step as CUDA graphs once and replay them. They keep the memory that
+    a micro-batch needs; an evaluation takes its own besides. Off: launch each kernel by itself."""
     log_every: int = _number(10, 1)
     """Steps between lines in metrics.jsonl (and on a stdout that is no terminal)."""
     max_bad_steps: int = _number(10, 1)

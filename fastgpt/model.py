@@ -318,6 +318,8 @@ class GPT(nn.Module):
             vocab_size=self.config.vocab_size,
             reduction="mean" if loss_divisor is None else "sum",
         )
+        if isinstance(loss_divisor, Tensor):
+            loss_divisor = loss_divisor.to(loss.dtype)  # two scalars in tensors would give the wider dtype
         return loss if loss_divisor is None else loss / loss_divisor
 
     def _context(self, idx: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> Context:

@@ -130,10 +130,11 @@ class AdamW(torch.optim.Optimizer):
         return list(buckets.values())
 
     def state_dict(self) -> dict:
-        """As torch's: nothing in it is shared between parameters, so that any AdamW can load it."""
+        """As torch's: numbers are numbers, and nothing is shared between parameters, so that any AdamW can load it."""
         saved = super().state_dict()
+        groups = [{**group, "lr": float(group["lr"])} for group in saved["param_groups"]]
         state = {n: {**s, "step": s["step"].clone()} if "step" in s else s for n, s in saved["state"].items()}
-        return {**saved, "state": state}
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, from this class or from `torch.optim.AdamW`; moments are kept in fp32 where they are here, equal

@@ -12,6 +12,7 @@ CPU, and where config.cuda_graphs is off, the same functions are simply called.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from .optim import AdamW
 class Step:
     """One optimizer step after the other: `accumulate` for each micro-batch, then `update`.
 
-    capture: replay CUDA graphs. What both parts do is then the same to the last bit as without.
+    capture: replay CUDA graphs. What both parts do is then the same to the last bit as without; the weights and the
+    optimizer's state are changed where they lie, so neither may be loaded or replaced afterwards.
     """
 
     def __init__(self, model: GPT, optimizer: AdamW, config: TrainConfig, capture: bool):
@@ -42,14 +44,16 @@ class Step:
         self.losses = torch.zeros(config.accumulation, dtype=torch.float64, device=device)  # of the micro-batches
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next one
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
         self._accumulate, self._update = self.accumulate_eagerly, self.update_eagerly
         if capture:
             self._capture()
 
     def accumulate(self, batch: Batch, divisor: int) -> None:
-        """Add a micro-batch (B, T) to the step; `divisor` is the number of targets of the whole step."""
+        """Add a micro-batch (B, T) to the step; `divisor` is the number of targets of the whole step.
+
+        Raises ValueError for a batch of another shape than config's."""
+        if batch.idx.shape != self.idx.shape:
+            raise ValueError(f"a step takes batches of {tuple(self.idx.shape)}, got {tuple(batch.idx.shape)}")
         self.idx.copy_(batch.idx, non_blocking=True)
         self.targets.copy_(batch.targets, non_blocking=True)
         if self.cu_seqlens is not None:
@@ -63,7 +67,11 @@ class Step:
         """Apply what was accumulated, under the initial learning rates times `lr_scale`, unless loss or norm is not
         finite. Returns (loss, norm of the gradient before it is clipped), (2,), which the next update overwrites."""
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(group["initial_lr"] * lr_scale)
+            lr = group["initial_lr"] * lr_scale
+            if self.captured:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
         self._update()
         return self.outcome
 
@@ -94,16 +102,24 @@ class Step:
 
     def _capture(self) -> None:
         """Both parts are run once first, for what libraries and the optimizer set up, and change nothing."""
+        device = self.idx.device
         for p in self.model.parameters():  # what a graph adds to must be there
             p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype)
-        self._accumulate = captured(self.accumulate_eagerly, self.idx.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
+        pool = memory_pool()  # one for both: neither leaves anything in it that the other must not overwrite
+        self._accumulate = captured(self.accumulate_eagerly, device, pool)
         self.losses.fill_(torch.nan)  # an update that is skipped
-        self._update = captured(self.update_eagerly, self.idx.device)
+        self._update = captured(self.update_eagerly, device, pool)
         self.losses.zero_()
         self.reset()
 
 
-def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def memory_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
     """work() as a CUDA graph, after it has run once: a function that replays it on the current stream.
 
     Raises UserError where something in it cannot be captured.
@@ -116,13 +132,14 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 work()
-        except torch.OutOfMemoryError:  # has its own remedy
-            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            cause = error.__context__ or error  # ending a capture that has failed raises an error of its own
+            if isinstance(cause, torch.OutOfMemoryError):  # has its own remedy
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             raise UserError(
                 f"a training step cannot be captured as a CUDA graph ({reason}); train with --cuda_graphs false"
-            ) from error
+            ) from cause
     return graph.replay

@@ -150,8 +150,8 @@ class Trainer:
             documents=config.data.documents,
             pin_memory=on_gpu,
         )
-        has_kernels = native.cuda_ops().issuperset(ops_of(config.model))
-        self.step = Step(self.model, self.optimizer, config, capture=config.cuda_graphs and on_gpu and has_kernels)
+        capture = config.cuda_graphs and on_gpu and native.serves(self.device, ops_of(config.model))
+        self.step = Step(self.model, self.optimizer, config, capture=capture)
         self.log: MetricsLog | None = None
         self._stop: signal.Signals | None = None
 

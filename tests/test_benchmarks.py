@@ -386,7 +386,7 @@ def test_what_cannot_be_is_refused(arguments: list[str], words: str, tmp_path: P
 # ---- the ops -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "embedding", "gelu", "norm", "rotary", "swiglu"])
+@pytest.mark.parametrize("op", ["adamw", "cross_entropy", "embedding", "gelu", "norm", "rotary", "swiglu"])
 def test_contenders_compute_the_same_and_no_fewer_bytes_could_do(op: str, monkeypatch) -> None:
     """Each op and direction in its smallest shape: ours on the emulator beside torch's."""
     built("emulated")

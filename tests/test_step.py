@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
     """Stands in for `step.captured`."""
     work()
     with Recording() as recording:
@@ -85,6 +86,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patch:
         patch.setattr(step, "captured", recorded)
+        patch.setattr(step, "memory_pool", lambda: None)
         patch.setattr(train, "Step", captured_step)
         yield
 
@@ -92,8 +94,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 State = dict[str, torch.Tensor]
 
 
-def trained(folder: Path, case: str, device: str = "cpu", **changes: Any) -> tuple[list[float], State]:
-    """The losses of STEPS steps of a case, and the weights and the optimizer's state after them."""
+def trained(folder: Path, case: str, captured: bool, device: str = "cpu", **changes: Any) -> tuple[list[float], State]:
+    """The losses of STEPS steps of a case, `captured` or not, and the weights and the optimizer's state after them."""
     model, precision, documents, optimizer = CASES[case]
     config = TrainConfig(
         model=ModelConfig(**model),
@@ -110,6 +112,7 @@ def trained(folder: Path, case: str, device: str = "cpu", **changes: Any) -> tup
         **changes,
     )
     trainer = Trainer(config)
+    assert trainer.step.captured == captured
     try:
         trainer.model.train()
         losses = [trainer._step()["loss"] for _ in range(STEPS)]
@@ -129,9 +132,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_that_is_replayed_is_the_step(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: learning rates, tokens, divisors and bounds of documents reach it through its memory alone."""
-    losses, state = trained(folder, case)
+    losses, state = trained(folder, case, False)
     with recording(monkeypatch):
-        again, state_again = trained(folder, case)
+        again, state_again = trained(folder, case, True)
     assert again == losses and len(set(losses)) == STEPS
     assert state.keys() == state_again.keys()
     for name in state:
@@ -142,10 +145,27 @@ def test_kernels_are_replayed_too(folder: Path, monkeypatch: pytest.MonkeyPatch)
     built("emulated")
     case = "llama, documents"
     with native.emulated(only=loading.library("emulated").ops, checked=False):
-        losses, state = trained(folder, case)
+        losses, state = trained(folder, case, False)
         with recording(monkeypatch):
-            again, state_again = trained(folder, case)
+            again, state_again = trained(folder, case, True)
     assert again == losses and all(torch.equal(state[name], state_again[name]) for name in state)
+
+
+def test_a_batch_of_another_shape_is_refused(folder: Path) -> None:
+    config = TrainConfig(
+        model=ModelConfig(**SHAPE),
+        data=DataConfig(path=str(folder / "data")),
+        out_dir=str(folder / "run"),
+        micro_batch_size=2,
+        batch_tokens=2 * SHAPE["block_size"],
+        precision="float32",
+        device="cpu",
+    )
+    trainer = Trainer(config)
+    row = dataclasses.replace(trainer.batches.batch(0), idx=torch.zeros(1, SHAPE["block_size"], dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"takes batches of \(2, 16\), got \(1, 16\)"):
+        trainer.step.accumulate(row, 16)
+    trainer.abandon()
 
 
 @pytest.mark.gpu
@@ -167,8 +187,8 @@ def test_on_a_gpu_the_graphs_are_the_step_and_nothing_waits(
 
     for part in ("accumulate", "update"):
         monkeypatch.setattr(step.Step, part, watched(getattr(step.Step, part)))
-    losses, state = trained(folder, case, "cuda", cuda_graphs=False)
-    again, state_again = trained(folder, case, "cuda", cuda_graphs=True)
+    losses, state = trained(folder, case, False, "cuda", cuda_graphs=False)
+    again, state_again = trained(folder, case, True, "cuda", cuda_graphs=True)
     assert again == losses and len(set(losses)) == STEPS
     for name in state:
         assert torch.equal(state[name], state_again[name]), name

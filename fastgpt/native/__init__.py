@@ -95,6 +95,14 @@ def require(device: torch.device, ops: Iterable[str]) -> None:
             _without_kernels(op)
 
 
+def serves(device: torch.device, ops: Iterable[str]) -> bool:
+    """Whether there are kernels of all these ops for `device`, which is a CUDA device that can run them."""
+    if device.type != "cuda":
+        return False
+    _check_devices()
+    return cuda_ops().issuperset(ops)
+
+
 def cuda_ops() -> frozenset[str]:
     """The ops that have CUDA kernels here. The first call loads them; `fastgpt.ops` makes it."""
     global _cuda_ops

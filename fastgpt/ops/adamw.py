@@ -134,7 +134,8 @@ def reference(
     skip = None if skip is None else torch.as_tensor(skip, device=device) != 0
 
     def update(targets: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor]) -> None:
-        hyper = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+        rate = lr.float() if isinstance(lr, Tensor) and lr.is_cuda else lr  # all that the fused kernel reads there
+        hyper = dict(lr=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
         if torch.compiler.is_compiling():  # which cannot trace the fused kernel (its empty list for amsgrad)
             for one in zip(targets, gs, ms, vs, strict=True):
                 _update_plainly(*one, **hyper, step=count, skip=skip)
