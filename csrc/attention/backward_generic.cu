@@ -1,6 +1,7 @@
 // Attention's gradients for any dtype, width, strides and chip. docs/attention.md has the equations.
 //
-// With P = exp(S - LSE), computed again from the LSE that the forward kept, and delta = rowsum(d_o * o) - d_lse,
+// With P = exp(S - LSE), computed again from the LSE that the forward kept, and delta = rowsum(d_o * o) - d_lse (of a
+// query that sees one key alone, d_o v^T and rowsum(d_o * o) are the same, and both left out),
 //
 //   d_v = P^T d_o        d_s = P * (d_o v^T - delta), times the softcap's derivative
 //   d_k = scale * d_s^T q        d_q = scale * d_s k
@@ -30,7 +31,8 @@ __global__ __launch_bounds__(kDeltaThreads) void attention_delta_kernel(Attentio
   const int64_t d_o = batch * p.d_o.batch + query * p.d_o.token + head * p.d_o.head;
   const int64_t o = batch * p.o.batch + query * p.o.token + head * p.o.head;
   A sum = 0;
-  for (int i = threadIdx.x % kWarp; i < plan.width; i += kWarp) {
+  const bool single = keys_seen(plan, int(batch), int(query), keys_of(plan, int(batch))).single();
+  for (int i = threadIdx.x % kWarp; i < plan.width && !single; i += kWarp) {
     sum += load_as<A>(p.d_o.data, plan.dtype, d_o + i) * load_as<A>(p.o.data, plan.dtype, o + i);
   }
   sum = warp_sum(sum);
@@ -40,12 +42,17 @@ __global__ __launch_bounds__(kDeltaThreads) void attention_delta_kernel(Attentio
   }
 }
 
-// P and d_s of a tile, from the products q . k (in p) and d_o . v (in d_s). lse, delta: of the element's query.
+// P and d_s of a tile, from the products q . k (in p) and d_o . v (in d_s); the others are of the element's query.
 template <class A>
-__device__ __forceinline__ void differentiate(A& p, A& d_s, bool seen, A lse, A delta, const AttentionPlan& plan) {
-  const A score = capped(p, plan);
-  p = seen ? exp(score - lse) : A(0);
-  d_s = seen ? p * (d_s - delta) * capped_derivative(score, plan) : A(0);
+__device__ __forceinline__ void differentiate(A& p, A& d_s, int key, const KeyRange& seen, A lse, A delta,
+                                              const AttentionPlan& plan) {
+  if (!seen.has(key)) {
+    p = d_s = 0;
+    return;
+  }
+  const A score = capped(p, plan), d_p = seen.single() ? A(0) : d_s;
+  p = exp(score - lse);
+  d_s = p * (d_p - delta) * capped_derivative(score, plan);
 }
 
 template <class A, int n>
@@ -104,7 +111,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_keys_backward_generi
         if (!range.empty()) lse = shared.lse[column], delta = shared.delta[column];
 #pragma unroll
         for (int r = 0; r < Tile::kOwn; ++r) {
-          differentiate(weights[r][c], d_s[r][c], range.has(at.first + Tile::first_row() + r), lse, delta, plan);
+          differentiate(weights[r][c], d_s[r][c], at.first + Tile::first_row() + r, range, lse, delta, plan);
         }
       }
       if (p.d_v) add_weighted<Tile>(d_v, scale, shared, weights, d_o, plan, at.depth);
@@ -156,8 +163,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_queries_backward_gen
     for (int r = 0; r < Tile::kOwn; ++r) {
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        const bool seen = ranges[r].has(first + Tile::lane() + c * Tile::kLanes);
-        differentiate(weights[r][c], d_s[r][c], seen, lse[r], delta[r], plan);
+        const int key = first + Tile::lane() + c * Tile::kLanes;
+        differentiate(weights[r][c], d_s[r][c], key, ranges[r], lse[r], delta[r], plan);
       }
     }
     add_weighted<Tile>(d_q, scale, shared, d_s, k, plan, at.depth);

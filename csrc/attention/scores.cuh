@@ -14,6 +14,8 @@ struct KeyRange {
   int begin = INT_MAX, end = 0;
 
   __device__ __forceinline__ bool empty() const { return end <= begin; }
+  // The softmax of one score is 1 whatever it is: no gradient comes from it, exactly and not up to rounding.
+  __device__ __forceinline__ bool single() const { return end - begin == 1; }
   __device__ __forceinline__ bool has(int key) const { return begin <= key && key < end; }
   __device__ __forceinline__ bool meets(int first, int last) const { return begin < last && first < end; }
   __device__ __forceinline__ void join(int other_begin, int other_end) {
