@@ -17,7 +17,7 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> list[Case]:
     """Causal, one sequence, on a chip without a path of its own."""
     what = f"{T} x {H} + {KV} heads of {D} {SHORT[dtype]}"
     compute = F64 if dtype == F64 else F32
-    head, rows = T * D * dtype.itemsize, T * H * compute.itemsize
+    head, rows = T * D * dtype.itemsize, T * H * compute.itemsize * (2 if dtype == F32 else 1)
 
     def tensors(device: str) -> tuple[Tensor, ...]:
         return tuple(
@@ -31,7 +31,8 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> list[Case]:
         q, k, v = tensors(device)
         d_o, o = (normal(1, T, H, D, dtype=dtype, device=device, seed=seed) for seed in (3, 4))
         lse = torch.full((1, H, T), 3.0, dtype=compute, device=device)
-        return d_o, None, q, k, v, o, lse, *OPTIONS, True, True, True
+        rest = torch.zeros(lse.shape if dtype == F32 else 0, dtype=F32, device=device)
+        return d_o, None, q, k, v, o, lse, rest, *OPTIONS, True, True, True
 
     moved = {"forward": (2 * H + 2 * KV) * head + rows, "backward": (4 * H + 4 * KV) * head + rows}
     return [

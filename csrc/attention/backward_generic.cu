@@ -42,17 +42,28 @@ __global__ __launch_bounds__(kDeltaThreads) void attention_delta_kernel(Attentio
   }
 }
 
+// What the backward knows of a query.
+template <class A>
+struct QueryStats {
+  A lse = 0, lse_rest = 0, delta = 0;
+
+  __device__ __forceinline__ static QueryStats load(const AttentionBackward& p, int64_t row) {
+    return {static_cast<const A*>(p.lse)[row], p.lse_rest ? A(p.lse_rest[row]) : A(0),
+            static_cast<const A*>(p.delta)[row]};
+  }
+};
+
 // P and d_s of a tile, from the products q . k (in p) and d_o . v (in d_s); the others are of the element's query.
 template <class A>
-__device__ __forceinline__ void differentiate(A& p, A& d_s, int key, const KeyRange& seen, A lse, A delta,
+__device__ __forceinline__ void differentiate(A& p, A& d_s, int key, const KeyRange& seen, const QueryStats<A>& of,
                                               const AttentionPlan& plan) {
   if (!seen.has(key)) {
     p = d_s = 0;
     return;
   }
   const A score = capped(p, plan), d_p = seen.single() ? A(0) : d_s;
-  p = exp(score - lse);
-  d_s = p * (d_p - delta) * capped_derivative(score, plan);
+  p = seen.single() ? exp(score - score) : exp((score - of.lse) - of.lse_rest);  // single: 1, or NaN
+  d_s = p * (d_p - of.delta) * capped_derivative(score, plan);
 }
 
 template <class A, int n>
@@ -99,19 +110,21 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_keys_backward_generi
       tile_products<Tile>(weights, shared, k, q, plan);
       if (in_bounds(int(threadIdx.x), columns)) {
         const int64_t row = (int64_t(at.batch) * plan.heads + head) * plan.queries + first + threadIdx.x;
-        shared.lse[threadIdx.x] = static_cast<const A*>(p.lse)[row];
-        shared.delta[threadIdx.x] = static_cast<const A*>(p.delta)[row];
+        const auto stats = QueryStats<A>::load(p, row);
+        shared.lse[threadIdx.x] = stats.lse;
+        shared.lse_rest[threadIdx.x] = stats.lse_rest;
+        shared.delta[threadIdx.x] = stats.delta;
       }
       tile_products<Tile>(d_s, shared, v, d_o, plan);
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
         const int column = Tile::lane() + c * Tile::kLanes;
         const KeyRange range = shared.ranges[column];
-        A lse = 0, delta = 0;
-        if (!range.empty()) lse = shared.lse[column], delta = shared.delta[column];
+        QueryStats<A> stats;
+        if (!range.empty()) stats = {shared.lse[column], shared.lse_rest[column], shared.delta[column]};
 #pragma unroll
         for (int r = 0; r < Tile::kOwn; ++r) {
-          differentiate(weights[r][c], d_s[r][c], at.first + Tile::first_row() + r, range, lse, delta, plan);
+          differentiate(weights[r][c], d_s[r][c], at.first + Tile::first_row() + r, range, stats, plan);
         }
       }
       if (p.d_v) add_weighted<Tile>(d_v, scale, shared, weights, d_o, plan, at.depth);
@@ -140,15 +153,15 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_queries_backward_gen
   __syncthreads();
   const KeyRange all = shared.all;
   KeyRange ranges[Tile::kOwn];
-  A lse[Tile::kOwn] = {}, delta[Tile::kOwn] = {}, scale[Tile::kOwn];
+  QueryStats<A> stats[Tile::kOwn];
+  A scale[Tile::kOwn];
 #pragma unroll
   for (int r = 0; r < Tile::kOwn; ++r) {
     const int row = Tile::first_row() + r;
     ranges[r] = shared.ranges[row];
     if (ranges[r].empty()) continue;
     const int64_t at_row = (int64_t(at.batch) * plan.heads + at.head) * plan.queries + at.first + row;
-    lse[r] = static_cast<const A*>(p.lse)[at_row];
-    delta[r] = static_cast<const A*>(p.delta)[at_row];
+    stats[r] = QueryStats<A>::load(p, at_row);
   }
   fill(scale, A(1));
 
@@ -164,7 +177,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_queries_backward_gen
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
         const int key = first + Tile::lane() + c * Tile::kLanes;
-        differentiate(weights[r][c], d_s[r][c], key, ranges[r], lse[r], delta[r], plan);
+        differentiate(weights[r][c], d_s[r][c], key, ranges[r], stats[r], plan);
       }
     }
     add_weighted<Tile>(d_q, scale, shared, d_s, k, plan, at.depth);

@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_row(const AttentionForward& p, int64_t row
   for (int j = 0; j < 4; ++j) o.at[j] = narrow<T>(total.at[j] * scale);
   const int64_t token = (int64_t(batch) * plan.queries + query) * plan.heads + head;
   store(static_cast<T*>(p.o) + token * plan.width + quad * 4, o);
-  if (quad == 0) static_cast<float*>(p.lse)[row] = blind ? -INFINITY : peak + log(sum);
+  if (quad == 0) store_lse(p, row, blind, peak, sum);
 }
 
 template <class T, int kRows>
@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
       for (int u = 0; u < kAhead; ++u) {
         scores[u] = 0;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) scores[u] += q[r][i] * widen(k[u].at[i]);
+        for (int i = 0; i < kSize; ++i) scores[u] = fma(q[r][i], widen(k[u].at[i]), scores[u]);
         for (int distance = lanes / 2; distance > 0; distance /= 2) {
           scores[u] += __shfl_xor_sync(kAll, scores[u], distance);
         }
@@ -156,7 +156,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
         const float weight = exp(scores[u] - base);
         sum[r] += weight;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) o[r][i] += weight * widen(v[u].at[i]);
+        for (int i = 0; i < kSize; ++i) o[r][i] = fma(weight, widen(v[u].at[i]), o[r][i]);
       }
     }
   }

@@ -82,8 +82,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_forward_generic_kern
     const int row = Tile::first_row() + r;
     if (Tile::lane() == 0 && at.depth == 0 && in_bounds(row, queries)) {
       const int64_t of_head = int64_t(at.batch) * plan.heads + at.head;
-      static_cast<A*>(p.lse)[of_head * plan.queries + at.first + row] =
-          ranges[r].empty() ? -A(INFINITY) : peak[r] + log(whole);
+      store_lse(p, of_head * plan.queries + at.first + row, ranges[r].empty(), peak[r], whole);
     }
   }
   const int64_t token = int64_t(plan.heads) * plan.width;

@@ -28,6 +28,7 @@ template <class A_, int width>
 struct GenericTile {
   using A = A_;
   static constexpr int kWidth = width, kDepth = 64;
+  static constexpr int kRun = 16;  // products that are summed before they join a score: fewer roundings one on the other
   static constexpr int kThreads = 128, kLanes = 16;  // lanes: that share four rows
   static constexpr int kOwn = 4, kRows = kThreads / kLanes * kOwn;
   static constexpr int kColumns = sizeof(A) == 8 ? 32 : 64, kOwnColumns = kColumns / kLanes;
@@ -41,7 +42,7 @@ struct GenericTile {
     A rows[kRows][kDepth + kVector];
     A columns[kColumns][kDepth + kVector];
     A weights[kRows][kColumns + kVector];
-    A lse[kColumns], delta[kColumns];  // of queries that are columns
+    A lse[kColumns], lse_rest[kColumns], delta[kColumns];  // of queries that are columns
     KeyRange ranges[kColumns], all;    // of each query, be it a row or a column
   };
 
@@ -92,19 +93,27 @@ __device__ __forceinline__ void tile_products(typename Tile::Scores& products, t
     load_rows<Tile>(shared.columns, b, plan, depth);
     __syncthreads();
     const int left = min(Tile::kDepth, plan.width - depth);  // past it are zeros
-    for (int d = 0; d < left; d += Tile::kVector) {
-      Vec16<A> x[Tile::kOwn], y[Tile::kOwnColumns];
+    for (int run = 0; run < left; run += Tile::kRun) {
+      typename Tile::Scores sums = {};
+      for (int d = run; d < min(run + Tile::kRun, left); d += Tile::kVector) {
+        Vec16<A> x[Tile::kOwn], y[Tile::kOwnColumns];
 #pragma unroll
-      for (int r = 0; r < Tile::kOwn; ++r) x[r] = load16(&shared.rows[Tile::first_row() + r][d]);
+        for (int r = 0; r < Tile::kOwn; ++r) x[r] = load16(&shared.rows[Tile::first_row() + r][d]);
 #pragma unroll
-      for (int c = 0; c < Tile::kOwnColumns; ++c) y[c] = load16(&shared.columns[Tile::lane() + c * Tile::kLanes][d]);
+        for (int c = 0; c < Tile::kOwnColumns; ++c) y[c] = load16(&shared.columns[Tile::lane() + c * Tile::kLanes][d]);
 #pragma unroll
-      for (int i = 0; i < Tile::kVector; ++i) {
+        for (int i = 0; i < Tile::kVector; ++i) {
 #pragma unroll
-        for (int r = 0; r < Tile::kOwn; ++r) {
+          for (int r = 0; r < Tile::kOwn; ++r) {
 #pragma unroll
-          for (int c = 0; c < Tile::kOwnColumns; ++c) products[r][c] += x[r].at[i] * y[c].at[i];
+            for (int c = 0; c < Tile::kOwnColumns; ++c) sums[r][c] = fma(x[r].at[i], y[c].at[i], sums[r][c]);
+          }
         }
+      }
+#pragma unroll
+      for (int r = 0; r < Tile::kOwn; ++r) {
+#pragma unroll
+        for (int c = 0; c < Tile::kOwnColumns; ++c) products[r][c] += sums[r][c];
       }
     }
   }
@@ -147,7 +156,7 @@ __device__ __forceinline__ void add_weighted(typename Tile::Result& result,
 #pragma unroll
           for (int r = 0; r < Tile::kOwn; ++r) {
 #pragma unroll
-            for (int i = 0; i < Tile::kVector; ++i) sums[r][v][i] += w[r].at[j] * x.at[i];
+            for (int i = 0; i < Tile::kVector; ++i) sums[r][v][i] = fma(w[r].at[j], x.at[i], sums[r][v][i]);
           }
         }
       }
@@ -158,7 +167,7 @@ __device__ __forceinline__ void add_weighted(typename Tile::Result& result,
       for (int v = 0; v < Tile::kVectors; ++v) {
 #pragma unroll
         for (int i = 0; i < Tile::kVector; ++i) {
-          result[chunk][r][v][i] = result[chunk][r][v][i] * scale[r] + sums[r][v][i];
+          result[chunk][r][v][i] = fma(result[chunk][r][v][i], scale[r], sums[r][v][i]);
         }
       }
     }

@@ -268,7 +268,6 @@ def test_cached_steps_equal_one_pass(device):
 # ---- layouts, empties, LSE ------------------------------------------------------------------
 
 
-@everywhere
 @pytest.mark.parametrize("layout", ("transposed", "strided", "offset", "expanded"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_layouts_do_not_matter_to_the_bit(device, layout, dtype):
@@ -368,7 +367,6 @@ def test_derivatives_with_documents_and_lse(device):
     assert all(g.isfinite().all() for pair in grads for g in pair)
 
 
-@everywhere
 @pytest.mark.parametrize("wanted", ((0,), (1,), (2,), (0, 2)), ids=str)
 def test_each_subset_of_gradients(device, wanted):
     arguments = inputs(2, 70, 70, device=device)
