@@ -52,12 +52,12 @@ def decoding(B: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype, most:
 
     what = f"{B} x 1 over {Tk}, {H} + {KV} heads of {D} {SHORT[dtype]}"
     least = B * (2 * KV * Tk * D + 2 * H * D) * dtype.itemsize + B * H * 4
-    return Case("attention_forward", what, "decode", arguments, least, most, 1.0)
+    return Case("attention_forward", what, "decode", arguments, least, most, 1.01)
 
 
 def cases() -> list[Case]:
     found = [case for D, dtype in ((64, F32), (128, BF16), (80, F64)) for case in of(96, 2, 1, D, dtype)]
     for dtype in (BF16, F16, F32):
         found.append(decoding(1, 1100, 1, 1, 128, dtype, 1.05))
-        found.append(decoding(1, 1100, 8, 1, 64, dtype, 1.05))
+        found.append(decoding(1, 1100, 8, 1, 64, dtype, 1.13))  # what splits leave to be merged, of eight heads
     return found

@@ -83,7 +83,7 @@ __device__ __forceinline__ KeyRange queries_seeing(const AttentionPlan& plan, in
 }
 
 template <class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void attention_keys_backward_generic_kernel(AttentionBackward p) {
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_backward_generic_kernel(AttentionBackward p) {
   using A = typename Tile::A;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;
@@ -140,7 +140,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_keys_backward_generi
 }
 
 template <class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void attention_queries_backward_generic_kernel(AttentionBackward p) {
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queries_backward_generic_kernel(AttentionBackward p) {
   using A = typename Tile::A;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;

@@ -9,9 +9,9 @@
 //
 // A key lies in `lanes` lanes of a warp, 16 bytes each (D of 128 in bf16: 16 lanes, two keys in a warp), so loads are whole
 // rows. Each lane multiplies its part by the queries' and the lanes add up. A thread has kAhead keys and their values on
-// their way at a time: 12 warps of a multiprocessor with 8 loads of 512 bytes are 48 KB, more than an H200 moves in the
-// microsecond that a load takes. Each group of lanes has an online softmax of its own keys; at the end groups are joined
-// by shuffles, and warps through shared memory.
+// their way at a time: 8 warps of a multiprocessor with 6 loads of 512 bytes are 24 KB (one row: 16 with 8, 64 KB), where
+// an H200 moves 32 KB in the microsecond that a load takes (arithmetic; no time on a GPU has been taken so far). Each group of lanes has an online
+// softmax of its own keys; at the end groups are joined by shuffles, and warps through shared memory.
 
 #include <algorithm>
 #include <stdexcept>
@@ -28,10 +28,13 @@ namespace fastgpt {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kAhead = 4;         // keys of a group of lanes that are on their way at a time
-constexpr int kBlocks = 3;        // of a multiprocessor: what registers allow with kManyRows
 constexpr int kFewestKeys = 256;  // of a split: its share of the merge must not outweigh it
 constexpr int kManyRows = 8;
+// What registers allow: keys of a group of lanes that are on their way at a time, and blocks of a multiprocessor.
+template <int kRows>
+constexpr int kAhead = kRows == 1 ? 4 : 3;
+template <int kRows>
+constexpr int kBlocks = kRows == 1 ? 4 : 2;
 constexpr unsigned kAll = 0xffffffffu;
 
 __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
@@ -60,12 +63,13 @@ struct QueryRows {
   __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row) % group; }
 };
 
-// What each warp found of each row. Eight lanes that store 16 bytes each meet different banks, and so do eight that load
+// Of a block: what each warp found of each row. Eight lanes that store 16 bytes each meet different banks, and so do eight that load
 // neighbouring columns: the halves of a lane's columns are in different planes.
 template <int kRows, int kPlanes>
-struct WarpResults {
+struct DecodeShared {
   float o[kWarps][kRows][kPlanes][kWarp * 4 + 16];
   float peak[kWarps][kRows], sum[kWarps][kRows];
+  KeyRange ranges[kRows];  // of the queries: registers have no room for them
 };
 
 // Four neighbouring columns of a row of O; with the first ones, its LSE.
@@ -82,13 +86,13 @@ __device__ __forceinline__ void store_row(const AttentionForward& p, int64_t row
   for (int j = 0; j < 4; ++j) o.at[j] = narrow<T>(total.at[j] * scale);
   const int64_t token = (int64_t(batch) * plan.queries + query) * plan.heads + head;
   store(static_cast<T*>(p.o) + token * plan.width + quad * 4, o);
-  if (quad == 0) store_lse(p, row, blind, peak, sum);
+  if (quad == 0) store_lse<std::is_same_v<T, float>>(p, row, blind, peak, sum);
 }
 
 template <class T, int kRows>
-__global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(AttentionForward p) {
-  constexpr int kSize = Vec16<T>::kSize, kPlanes = kSize / 4;
-  auto& found = dynamic_shared<WarpResults<kRows, kPlanes>>();
+__global__ __launch_bounds__(kThreads, kBlocks<kRows>) void attention_decode_kernel(AttentionForward p) {
+  constexpr int kSize = Vec16<T>::kSize, kPlanes = kSize / 4, kKeys = kAhead<kRows>;
+  auto& shared = dynamic_shared<DecodeShared<kRows, kPlanes>>();
   const AttentionPlan& plan = p.plan;
   const QueryRows<kRows> rows(p);
   const int keys = keys_of(plan, rows.batch);
@@ -99,52 +103,65 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
   const int lane = threadIdx.x % lanes, slot = threadIdx.x / lanes, slots = kThreads / lanes;
   const bool holds = in_bounds(lane, vectors);
 
-  KeyRange ranges[kRows], all;
-  float q[kRows][kSize] = {}, o[kRows][kSize] = {}, peak[kRows], sum[kRows];
+  if (in_bounds(int(threadIdx.x), rows.count)) {
+    shared.ranges[threadIdx.x] = keys_seen(plan, rows.batch, rows.query(threadIdx.x), keys);
+  }
+  __syncthreads();
+  KeyRange all;
+  Vec16<T> q[kRows] = {};  // as it is stored: widened it would take twice the registers
+  float o[kRows][kSize] = {}, peak[kRows], sum[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     peak[r] = -INFINITY;
     sum[r] = 0;
     if (r >= rows.count) continue;
-    const int query = rows.query(r);
-    ranges[r] = keys_seen(plan, rows.batch, query, keys);
-    all.join(ranges[r].begin, ranges[r].end);
+    all.join(shared.ranges[r].begin, shared.ranges[r].end);
     if (!holds) continue;
-    const int64_t at = rows.batch * p.q.batch + query * p.q.token + rows.head(r) * p.q.head;
-    const Vec16<T> loaded = load16(static_cast<const T*>(p.q.data) + at + lane * kSize);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) q[r][i] = widen(loaded.at[i]);
+    const int64_t at = rows.batch * p.q.batch + rows.query(r) * p.q.token + rows.head(r) * p.q.head;
+    q[r] = load16(static_cast<const T*>(p.q.data) + at + lane * kSize);
   }
 
   const int share = all.empty() ? 0 : divided_up(all.end - all.begin, p.splits);
   const int begin = all.empty() ? 0 : all.begin + rows.split * share, end = min(begin + share, all.end);
   const T* k_head = static_cast<const T*>(p.k.data) + rows.batch * p.k.batch + rows.kv_head * p.k.head + lane * kSize;
   const T* v_head = static_cast<const T*>(p.v.data) + rows.batch * p.v.batch + rows.kv_head * p.v.head + lane * kSize;
-  for (int first = begin; first < end; first += kAhead * slots) {
-    Vec16<T> k[kAhead], v[kAhead];
+  for (int first = begin; first < end; first += kKeys * slots) {
+    Vec16<T> k[kKeys], v[kKeys];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < kKeys; ++u) {
       const int key = first + u * slots + slot;
       k[u] = v[u] = Vec16<T>{};
       if (!holds || !in_bounds(key, end)) continue;
       k[u] = load16(k_head + key * p.k.token);
       v[u] = load16(v_head + key * p.v.token);
     }
+    // A key is widened once for all rows, and so is its value: as floats all of them would not fit the registers.
+    float scores[kRows][kKeys];
+#pragma unroll
+    for (int u = 0; u < kKeys; ++u) {
+      float wide[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) wide[i] = widen(k[u].at[i]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows.count) continue;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) sum = fma(widen(q[r].at[i]), wide[i], sum);
+        for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAll, sum, distance);
+        scores[r][u] = sum;
+      }
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows.count) continue;
-      float scores[kAhead], larger = peak[r];
+      const KeyRange range = shared.ranges[r];
+      float larger = peak[r];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        scores[u] = 0;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) scores[u] = fma(q[r][i], widen(k[u].at[i]), scores[u]);
-        for (int distance = lanes / 2; distance > 0; distance /= 2) {
-          scores[u] += __shfl_xor_sync(kAll, scores[u], distance);
-        }
+      for (int u = 0; u < kKeys; ++u) {
         const int key = first + u * slots + slot;
-        scores[u] = key < end && ranges[r].has(key) ? capped(scores[u], plan) : -INFINITY;
-        larger = max(larger, scores[u]);
+        scores[r][u] = key < end && range.has(key) ? capped(scores[r][u], plan) : -INFINITY;
+        larger = max(larger, scores[r][u]);
       }
       const float kept = decay(peak[r], larger), base = larger == -INFINITY ? 0 : larger;
       peak[r] = larger;
@@ -152,11 +169,21 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
 #pragma unroll
       for (int i = 0; i < kSize; ++i) o[r][i] *= kept;
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const float weight = exp(scores[u] - base);
-        sum[r] += weight;
+      for (int u = 0; u < kKeys; ++u) {
+        scores[r][u] = exp(scores[r][u] - base);
+        sum[r] += scores[r][u];
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) o[r][i] = fma(weight, widen(v[u].at[i]), o[r][i]);
+    for (int u = 0; u < kKeys; ++u) {
+      float wide[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) wide[i] = widen(v[u].at[i]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows.count) continue;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) o[r][i] = fma(scores[r][u], wide[i], o[r][i]);
       }
     }
   }
@@ -175,10 +202,10 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
     if (int(threadIdx.x % kWarp) >= lanes) continue;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      store16(&found.o[warp][r][plane][lane * 4],
+      store16(&shared.o[warp][r][plane][lane * 4],
               {o[r][plane * 4], o[r][plane * 4 + 1], o[r][plane * 4 + 2], o[r][plane * 4 + 3]});
     }
-    if (lane == 0) found.peak[warp][r] = peak[r], found.sum[warp][r] = sum[r];
+    if (lane == 0) shared.peak[warp][r] = peak[r], shared.sum[warp][r] = sum[r];
   }
   __syncthreads();
 
@@ -186,12 +213,12 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
   for (int i = threadIdx.x; i < rows.count * quads; i += kThreads) {
     const int r = i / quads, quad = i % quads;
     float larger = -INFINITY, whole = 0;
-    for (int warp = 0; warp < kWarps; ++warp) larger = max(larger, found.peak[warp][r]);
+    for (int warp = 0; warp < kWarps; ++warp) larger = max(larger, shared.peak[warp][r]);
     Vec16<float> total = {};
     for (int warp = 0; warp < kWarps; ++warp) {
-      const float kept = decay(found.peak[warp][r], larger);
-      whole += found.sum[warp][r] * kept;
-      const Vec16<float> part = load16(&found.o[warp][r][quad % kPlanes][quad / kPlanes * 4]);
+      const float kept = decay(shared.peak[warp][r], larger);
+      whole += shared.sum[warp][r] * kept;
+      const Vec16<float> part = load16(&shared.o[warp][r][quad % kPlanes][quad / kPlanes * 4]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) total.at[j] += part.at[j] * kept;
     }
@@ -206,11 +233,11 @@ __global__ __launch_bounds__(kThreads, kBlocks) void attention_decode_kernel(Att
   }
 }
 
-constexpr int kMergeThreads = 128;
+constexpr int kMergeThreads = 128, kMergeBlocks = 8;  // of a multiprocessor
 
 // A warp for each row.
 template <class T>
-__global__ __launch_bounds__(kMergeThreads) void attention_decode_merge_kernel(AttentionForward p) {
+__global__ __launch_bounds__(kMergeThreads, kMergeBlocks) void attention_decode_merge_kernel(AttentionForward p) {
   const AttentionPlan& plan = p.plan;
   const int64_t row = int64_t(blockIdx.x) * (kMergeThreads / kWarp) + threadIdx.x / kWarp;
   if (!in_bounds(row, int64_t(plan.batches) * plan.heads * plan.queries)) return;
@@ -242,7 +269,7 @@ void decode(const AttentionForward& p, Stream stream) {
   if (blocks == 0) return;
   if (blocks > INT_MAX) throw std::runtime_error("attention: too many blocks for one launch");
   launch(attention_decode_kernel<T, kRows>,
-         {dim3(unsigned(blocks)), dim3(kThreads), sizeof(WarpResults<kRows, Vec16<T>::kSize / 4>), stream}, p);
+         {dim3(unsigned(blocks)), dim3(kThreads), sizeof(DecodeShared<kRows, Vec16<T>::kSize / 4>), stream}, p);
   if (p.splits == 1) return;
   const int64_t merged = (int64_t(plan.batches) * plan.heads * plan.queries + kMergeThreads / kWarp - 1) /
                          (kMergeThreads / kWarp);
@@ -261,7 +288,7 @@ void decode(const AttentionForward& p, Stream stream) {
 int attention_decode_splits(const AttentionPlan& plan) {
   const int rows = plan.queries * (plan.heads / plan.kv_heads);
   const int64_t blocks = int64_t(plan.batches) * plan.kv_heads * divided_up(rows, kManyRows);
-  const int64_t running = int64_t(multiprocessors()) * kBlocks;
+  const int64_t running = int64_t(multiprocessors()) * (rows == 1 ? kBlocks<1> : kBlocks<kManyRows>);
   return int(std::max<int64_t>(1, std::min<int64_t>(running / std::max<int64_t>(blocks, 1), plan.keys / kFewestKeys)));
 }
 

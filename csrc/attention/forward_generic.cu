@@ -27,7 +27,7 @@ __device__ __forceinline__ A sum_of_row(A x) {
 }
 
 template <class Tile>
-__global__ __launch_bounds__(Tile::kThreads) void attention_forward_generic_kernel(AttentionForward p) {
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forward_generic_kernel(AttentionForward p) {
   using A = typename Tile::A;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;
@@ -82,7 +82,9 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_forward_generic_kern
     const int row = Tile::first_row() + r;
     if (Tile::lane() == 0 && at.depth == 0 && in_bounds(row, queries)) {
       const int64_t of_head = int64_t(at.batch) * plan.heads + at.head;
-      store_lse(p, of_head * plan.queries + at.first + row, ranges[r].empty(), peak[r], whole);
+      const int64_t of = of_head * plan.queries + at.first + row;
+      if (p.lse_rest) store_lse<true>(p, of, ranges[r].empty(), peak[r], whole);
+      else store_lse<false>(p, of, ranges[r].empty(), peak[r], whole);
     }
   }
   const int64_t token = int64_t(plan.heads) * plan.width;

@@ -30,6 +30,7 @@ struct GenericTile {
   static constexpr int kWidth = width, kDepth = 64;
   static constexpr int kRun = 16;  // products that are summed before they join a score: fewer roundings one on the other
   static constexpr int kThreads = 128, kLanes = 16;  // lanes: that share four rows
+  static constexpr int kBlocks = 2;                  // of a multiprocessor, at least: results take many registers
   static constexpr int kOwn = 4, kRows = kThreads / kLanes * kOwn;
   static constexpr int kColumns = sizeof(A) == 8 ? 32 : 64, kOwnColumns = kColumns / kLanes;
   static constexpr int kVector = Vec16<A>::kSize, kVectors = kDepth / kVector / kLanes;  // of a thread's columns
@@ -93,8 +94,10 @@ __device__ __forceinline__ void tile_products(typename Tile::Scores& products, t
     load_rows<Tile>(shared.columns, b, plan, depth);
     __syncthreads();
     const int left = min(Tile::kDepth, plan.width - depth);  // past it are zeros
+#pragma unroll 1
     for (int run = 0; run < left; run += Tile::kRun) {
       typename Tile::Scores sums = {};
+#pragma unroll 1  // or the loads of several steps take all registers
       for (int d = run; d < min(run + Tile::kRun, left); d += Tile::kVector) {
         Vec16<A> x[Tile::kOwn], y[Tile::kOwnColumns];
 #pragma unroll
@@ -144,6 +147,7 @@ __device__ __forceinline__ void add_weighted(typename Tile::Result& result,
     load_rows<Tile>(shared.columns, b, plan, depth + chunk * Tile::kDepth);
     __syncthreads();
     A sums[Tile::kOwn][Tile::kVectors][Tile::kVector] = {};
+#pragma unroll 1
     for (int k = 0; k < b.count; k += Tile::kVector) {
       Vec16<A> w[Tile::kOwn];
 #pragma unroll

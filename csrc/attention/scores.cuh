@@ -54,14 +54,18 @@ __device__ __forceinline__ KeyRange over_warp(KeyRange range) {
   return range;
 }
 
-// LSE of a row whose scores are at most `peak`, and sum e^(score - peak). The logarithm is one for each row, so double is
-// cheap: rounded to a float an LSE of 6 would make every weight of the backward wrong by 2e-7, twice as much as torch's
-// are in float32. So there the rest goes with it.
-template <class A>
+// LSE of a row from its largest score and its sum e^(score - peak). Rounded to a float, an LSE of 6 would make every
+// weight of the backward wrong by 2e-7, twice as much as torch's are in float32. So there (kWithRest) the rest goes with
+// it; the logarithm is one for each row, so it may be a double's.
+template <bool kWithRest, class A>
 __device__ __forceinline__ void store_lse(const AttentionForward& p, int64_t row, bool blind, A peak, A sum) {
-  const double lse = blind ? -INFINITY : double(peak) + log(double(sum));
-  static_cast<A*>(p.lse)[row] = A(lse);
-  if (p.lse_rest) p.lse_rest[row] = blind ? 0.0f : float(lse - double(A(lse)));
+  if constexpr (kWithRest) {
+    const double lse = blind ? -INFINITY : double(peak) + log(double(sum));
+    static_cast<A*>(p.lse)[row] = A(lse);
+    p.lse_rest[row] = blind ? 0.0f : float(lse - double(A(lse)));
+  } else {
+    static_cast<A*>(p.lse)[row] = blind ? -A(INFINITY) : peak + log(sum);
+  }
 }
 
 // A score as the softmax takes it, and its derivative by the product q . k, without `scale`.
