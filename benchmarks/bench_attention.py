@@ -5,7 +5,7 @@
 operations.py says how it is measured. Heads are those of GPT-2 (12 of 64) and of Llama 3 8B (32 of 128, which share 8
 of keys and values); there are 32,768 tokens, in sequences of T. FLOPs are those of the pairs that the masks leave, two
 matrix products forward and five backward. "decode" is one query for each of 16 sequences over a full cache: there the
-bytes of the cache count.
+bytes of the cache count. On the emulator it is 128 tokens, or a cache of 1,024, and the heads of one key/value head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from operations import DIRECTIONS, OURS, Case, main, normal
+from operations import DIRECTIONS, EMULATED_ROWS, OURS, Case, main, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,6 +77,12 @@ CAUSAL = Mask("causal")
 OTHERS = (Mask("full", causal=False), Mask("window 1024", window=1024), Mask("documents of 1024", document=1024))
 
 
+def heads_of(D: int, rows: int) -> tuple[int, int]:
+    """Query heads, and those of keys and values; on the emulator those of one key/value head."""
+    H, KV = HEADS[D]
+    return (H // KV, 1) if rows <= EMULATED_ROWS else (H, KV)
+
+
 def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     with sdpa_kernel(BACKENDS[backend]):
@@ -85,14 +91,12 @@ def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tenso
 
 
 def training(direction: str, mask: Mask, T: int, D: int) -> Case:
-    H, KV = HEADS[D]
-
-    def shape(rows: int) -> tuple[int, int]:
-        return max(1, rows // T), min(rows, T)
+    def shape(rows: int) -> tuple[int, int, int, int]:
+        return max(1, rows // T), min(rows, T), *heads_of(D, rows)
 
     def contender(name: str) -> Callable[[str, int], Callable[[], Any]]:
         def make(device: str, rows: int) -> Callable[[], Any]:
-            B, length = shape(rows)
+            B, length, H, KV = shape(rows)
             # views of one projection, as in the model
             packed = normal(B, length, H + 2 * KV, D, dtype=BF16, device=device)
             views = list(packed.split([H, KV, KV], 2))
@@ -106,40 +110,42 @@ def training(direction: str, mask: Mask, T: int, D: int) -> Case:
         return make
 
     def least_bytes(rows: int) -> int:
-        B, length = shape(rows)
+        B, length, H, KV = shape(rows)
         heads = 2 * (H + KV) if direction == "forward" else 4 * (H + KV)
         return B * length * (heads * D * BF16.itemsize + 4 * H)
 
     def flops(rows: int) -> int:
-        B, length = shape(rows)
+        B, length, H, _ = shape(rows)
         return (4 if direction == "forward" else 10) * B * H * D * mask.pairs(length)
 
     masked = mask.window is not None or mask.document is not None
     names = (OURS, "efficient") if masked else (OURS, "flash", "cudnn")
+    H, KV = HEADS[D]
     what = f"{mask.name}, T {T}, {H} + {KV} heads of {D}"
     return Case("attention", direction, D, BF16, least_bytes, {n: contender(n) for n in names}, what, flops)
 
 
 def decoding(cache: int, D: int) -> Case:
-    H, KV = HEADS[D]
-
-    def room(rows: int) -> int:
-        return min(cache, 8 * rows)
+    def shape(rows: int) -> tuple[int, int, int, int]:
+        return DECODED if rows > EMULATED_ROWS else 1, min(cache, 8 * rows), *heads_of(D, rows)
 
     def contender(name: str) -> Callable[[str, int], Callable[[], Any]]:
         def make(device: str, rows: int) -> Callable[[], Any]:
-            q = normal(DECODED, 1, H, D, dtype=BF16, device=device)
-            k, v = (normal(DECODED, room(rows), KV, D, dtype=BF16, device=device, seed=seed) for seed in (1, 2))
+            B, room, H, KV = shape(rows)
+            q = normal(B, 1, H, D, dtype=BF16, device=device)
+            k, v = (normal(B, room, KV, D, dtype=BF16, device=device, seed=seed) for seed in (1, 2))
             if name != OURS:
                 return DIRECTIONS["forward"](lambda *t: sdpa(name, *t), [q, k, v])
-            lengths = torch.full((DECODED,), room(rows), dtype=torch.int32, device=device)
+            lengths = torch.full((B,), room, dtype=torch.int32, device=device)
             return DIRECTIONS["forward"](lambda *t: ops.attention(*t, kv_lengths=lengths), [q, k, v])
 
         return make
 
     def least_bytes(rows: int) -> int:
-        return DECODED * ((2 * KV * room(rows) + 2 * H) * D * BF16.itemsize + 4 * H)
+        B, room, H, KV = shape(rows)
+        return B * ((2 * KV * room + 2 * H) * D * BF16.itemsize + 4 * H)
 
+    H, KV = HEADS[D]
     what = f"{DECODED} x 1 over {cache}, {H} + {KV} heads of {D}"
     names = (OURS, "flash", "cudnn")
     return Case("attention", "decode", D, BF16, least_bytes, {n: contender(n) for n in names}, what)
