@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases.attention import least_bytes
 from operations import DIRECTIONS, EMULATED_ROWS, OURS, Case, main, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,10 +110,9 @@ def training(direction: str, mask: Mask, T: int, D: int) -> Case:
 
         return make
 
-    def least_bytes(rows: int) -> int:
+    def fewest(rows: int) -> int:
         B, length, H, KV = shape(rows)
-        heads = 2 * (H + KV) if direction == "forward" else 4 * (H + KV)
-        return B * length * (heads * D * BF16.itemsize + 4 * H)
+        return least_bytes(direction, B, length, length, H, KV, D, BF16)
 
     def flops(rows: int) -> int:
         B, length, H, _ = shape(rows)
@@ -122,7 +122,7 @@ def training(direction: str, mask: Mask, T: int, D: int) -> Case:
     names = (OURS, "efficient") if masked else (OURS, "flash", "cudnn")
     H, KV = HEADS[D]
     what = f"{mask.name}, T {T}, {H} + {KV} heads of {D}"
-    return Case("attention", direction, D, BF16, least_bytes, {n: contender(n) for n in names}, what, flops)
+    return Case("attention", direction, D, BF16, fewest, {n: contender(n) for n in names}, what, flops)
 
 
 def decoding(cache: int, D: int) -> Case:
@@ -141,14 +141,14 @@ def decoding(cache: int, D: int) -> Case:
 
         return make
 
-    def least_bytes(rows: int) -> int:
+    def fewest(rows: int) -> int:
         B, room, H, KV = shape(rows)
-        return B * ((2 * KV * room + 2 * H) * D * BF16.itemsize + 4 * H)
+        return least_bytes("forward", B, 1, room, H, KV, D, BF16)
 
     H, KV = HEADS[D]
     what = f"{DECODED} x 1 over {cache}, {H} + {KV} heads of {D}"
     names = (OURS, "flash", "cudnn")
-    return Case("attention", "decode", D, BF16, least_bytes, {n: contender(n) for n in names}, what)
+    return Case("attention", "decode", D, BF16, fewest, {n: contender(n) for n in names}, what)
 
 
 def cases() -> list[Case]:

@@ -13,11 +13,17 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 OPTIONS = (True, None, 0.125, 0.0, None, None, None)  # causal, and no window, softcap, documents or lengths
 
 
+def least_bytes(direction: str, B: int, Tq: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype) -> int:
+    """forward: q, k, v, O and LSE; backward: those, the gradient of O, and those of q, k and v."""
+    times = 1 if direction == "forward" else 2
+    of_rows = 8 if dtype in (F64, F32) else 4  # LSE, in float32 with what rounding took from it
+    return B * (2 * times * (Tq * H + Tk * KV) * D * dtype.itemsize + Tq * H * of_rows)
+
+
 def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> list[Case]:
     """Causal, one sequence, on a chip without a path of its own."""
     what = f"{T} x {H} + {KV} heads of {D} {SHORT[dtype]}"
     compute = F64 if dtype == F64 else F32
-    head, rows = T * D * dtype.itemsize, T * H * compute.itemsize * (2 if dtype == F32 else 1)
 
     def tensors(device: str) -> tuple[Tensor, ...]:
         return tuple(
@@ -34,9 +40,8 @@ def of(T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> list[Case]:
         rest = torch.zeros(lse.shape if dtype == F32 else 0, dtype=F32, device=device)
         return d_o, None, q, k, v, o, lse, rest, *OPTIONS, True, True, True
 
-    moved = {"forward": (2 * H + 2 * KV) * head + rows, "backward": (4 * H + 4 * KV) * head + rows}
     return [
-        Case(f"attention_{name}", what, "generic", arguments, moved[name], chip="sm_75")
+        Case(f"attention_{name}", what, "generic", arguments, least_bytes(name, 1, T, T, H, KV, D, dtype), chip="sm_75")
         for name, arguments in (("forward", forward), ("backward", backward))
     ]
 
@@ -51,7 +56,7 @@ def decoding(B: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype, most:
         return q, k, v, *OPTIONS[:-1], lengths
 
     what = f"{B} x 1 over {Tk}, {H} + {KV} heads of {D} {SHORT[dtype]}"
-    least = B * (2 * KV * Tk * D + 2 * H * D) * dtype.itemsize + B * H * 4
+    least = least_bytes("forward", B, 1, Tk, H, KV, D, dtype)
     return Case("attention_forward", what, "decode", arguments, least, most, 1.01)
 
 

@@ -61,7 +61,7 @@ struct Inputs {
     STD_TORCH_CHECK(fit, "q must be (B, Tq, H, D), k and v (B, Tk, KV, D), with H a multiple of KV");
     constexpr int64_t kMost = int64_t(1) << 30;
     for (int64_t size : {q_.size(0), q_.size(1), q_.size(2), q_.size(3), k_.size(1)}) {
-      STD_TORCH_CHECK(size < kMost, "a tensor of attention has a dimension of ", size, "; it must be less than ", kMost);
+      STD_TORCH_CHECK(size < kMost, "each dimension must be less than ", kMost, ", got ", size);
     }
     plan.batches = int(q_.size(0));
     plan.queries = int(q_.size(1));
@@ -160,9 +160,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const OptionalTensor& d_lse_, const Tensor& q,
                                                       const Tensor& k, const Tensor& v, const Tensor& o_,
                                                       const Tensor& lse, const Tensor& lse_rest, bool causal,
-                                                      std::optional<int64_t> window, double scale, double softcap, OptionalTensor doc_start,
-                                                      OptionalTensor doc_end, OptionalTensor kv_lengths, bool need_q,
-                                                      bool need_k, bool need_v) {
+                                                      std::optional<int64_t> window, double scale, double softcap,
+                                                      OptionalTensor doc_start, OptionalTensor doc_end,
+                                                      OptionalTensor kv_lengths, bool need_q, bool need_k,
+                                                      bool need_v) {
   Inputs inputs(q, k, v, causal, window, scale, softcap, doc_start, doc_end, kv_lengths);
   const auto check_like_q = [&](const Tensor& x, const char* name) {
     bool same = x.dim() == 4 && x.scalar_type() == q.scalar_type() && inputs.on_device_of_q(x);

@@ -6,11 +6,11 @@
 //   d_v = P^T d_o        d_s = P * (d_o v^T - delta), times the softcap's derivative
 //   d_k = scale * d_s^T q        d_q = scale * d_s k
 //
-// Three kernels. attention_delta_kernel: delta, a warp for each row. attention_keys_backward_generic_kernel: a block has
-// kRows keys and goes through the queries that see them, of all heads that share these keys; so nobody else adds to its
-// d_k and d_v. attention_queries_backward_generic_kernel: a block has kRows queries and goes through their keys. S and
-// d_o v^T are computed in both, seven products in the place of five; in return nothing is ever added up in another order,
-// without atomics and without a workspace for d_q.
+// Three kernels. attention_delta_kernel: delta, a warp for each row. attention_keys_backward_generic_kernel: a block
+// has kRows keys and goes through the queries that see them, of all heads that share these keys; so nobody else adds to
+// its d_k and d_v. attention_queries_backward_generic_kernel: a block has kRows queries and goes through their keys. S
+// and d_o v^T are computed in both, seven products in the place of five; in return nothing is ever added up in another
+// order, without atomics and without a workspace for d_q.
 
 #include "attention/generic.cuh"
 #include "device/reduce.cuh"
@@ -83,7 +83,8 @@ __device__ __forceinline__ KeyRange queries_seeing(const AttentionPlan& plan, in
 }
 
 template <class Tile>
-__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_backward_generic_kernel(AttentionBackward p) {
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_backward_generic_kernel(
+    AttentionBackward p) {
   using A = typename Tile::A;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;
@@ -140,7 +141,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_
 }
 
 template <class Tile>
-__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queries_backward_generic_kernel(AttentionBackward p) {
+__global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queries_backward_generic_kernel(
+    AttentionBackward p) {
   using A = typename Tile::A;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;

@@ -1,17 +1,18 @@
-// Attention of few queries against many keys: a step of generation over a cache. Every key and value is read once, so all
-// that counts is that they are read fast.
+// Attention of few queries against many keys: a step of generation over a cache. Every key and value is read once, so
+// all that counts is that they are read fast.
 //
-// One sequence has too few heads to keep a GPU busy, so its keys are split over blocks (attention_decode_splits); a second
-// kernel merges what they found, in the order of the splits. A block has the queries of all heads that share its keys, up
-// to kRows of them, so a key that is loaded serves them all. How many keys there are is read on the device, and each
-// split takes its share of them; only the number of splits comes from the host, by the room in the cache. No
+// One sequence has too few heads to keep a GPU busy, so its keys are split over blocks (attention_decode_splits); a
+// second kernel merges what they found, in the order of the splits. A block has the queries of all heads that share its
+// keys, up to kRows of them, so a key that is loaded serves them all. How many keys there are is read on the device,
+// and each split takes its share of them; only the number of splits comes from the host, by the room in the cache. No
 // synchronisation, and a CUDA graph may hold it.
 //
-// A key lies in `lanes` lanes of a warp, 16 bytes each (D of 128 in bf16: 16 lanes, two keys in a warp), so loads are whole
-// rows. Each lane multiplies its part by the queries' and the lanes add up. A thread has kAhead keys and their values on
-// their way at a time: 8 warps of a multiprocessor with 6 loads of 512 bytes are 24 KB (one row: 16 with 8, 64 KB), where
-// an H200 moves 32 KB in the microsecond that a load takes (arithmetic; no time on a GPU has been taken so far). Each group of lanes has an online
-// softmax of its own keys; at the end groups are joined by shuffles, and warps through shared memory.
+// A key lies in `lanes` lanes of a warp, 16 bytes each (D of 128 in bf16: 16 lanes, two keys in a warp), so loads are
+// whole rows. Each lane multiplies its part by the queries' and the lanes add up. A thread has kAhead keys and their
+// values on their way at a time: 8 warps of a multiprocessor with 6 loads of 512 bytes are 24 KB (one row: 16 with 8,
+// 64 KB), where an H200 moves 32 KB in the microsecond that a load takes (arithmetic; no time on a GPU has been taken
+// so far). Each group of lanes has an online softmax of its own keys; at the end groups are joined by shuffles, and
+// warps through shared memory.
 
 #include <algorithm>
 #include <stdexcept>
@@ -63,8 +64,8 @@ struct QueryRows {
   __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row) % group; }
 };
 
-// Of a block: what each warp found of each row. Eight lanes that store 16 bytes each meet different banks, and so do eight that load
-// neighbouring columns: the halves of a lane's columns are in different planes.
+// Of a block: what each warp found of each row. Eight lanes that store 16 bytes each meet different banks, and so do
+// eight that load neighbouring columns: the halves of a lane's columns are in different planes.
 template <int kRows, int kPlanes>
 struct DecodeShared {
   float o[kWarps][kRows][kPlanes][kWarp * 4 + 16];

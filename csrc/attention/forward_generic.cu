@@ -1,9 +1,9 @@
 // Attention's forward for any dtype, width, strides and chip. docs/attention.md tells where it comes from.
 //
-// A block has kRows queries of one head and goes through the keys that any of them sees, kColumns at a time: scores of the
-// tile, the softmax so far (online: where a larger score turns up, all that was summed is scaled down), weights times
-// values. Tiles that the masks hide entirely are never met. A thread sums the weights of its own columns of a row; these
-// sums are added up at the end.
+// A block has kRows queries of one head and goes through the keys that any of them sees, kColumns at a time: scores of
+// the tile, the softmax so far (online: where a larger score turns up, all that was summed is scaled down), weights
+// times values. Tiles that the masks hide entirely are never met. A thread sums the weights of its own columns of a
+// row; these sums are added up at the end.
 //
 // In bf16 and fp16 scores and weights are float, and only q, k, v and o are rounded.
 
@@ -57,7 +57,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       A larger = peak[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        scores[r][c] = ranges[r].has(first + Tile::lane() + c * Tile::kLanes) ? capped(scores[r][c], plan) : -A(INFINITY);
+        const int key = first + Tile::lane() + c * Tile::kLanes;
+        scores[r][c] = ranges[r].has(key) ? capped(scores[r][c], plan) : -A(INFINITY);
         larger = max(larger, scores[r][c]);  // NaN is in the sum, not here
       }
       larger = largest_of_row<Tile>(larger);

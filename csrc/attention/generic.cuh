@@ -7,9 +7,9 @@
 //   tile_products     S (rows x columns) = a (rows x D) . b (columns x D)^T, over D in steps of kDepth
 //   add_weighted      (rows x kWidth) += weights (rows x columns) . b (columns x kWidth), likewise
 //
-// Of S a thread has four rows and every sixteenth column, so a warp reads two rows of `a` (one address for 16 lanes) and
-// 16 neighbouring rows of `b`. Rows are padded by 16 bytes: eight rows then begin in eight different groups of four banks,
-// and no access here has a bank conflict. In registers a value is used four times for each time it is loaded.
+// Of S a thread has four rows and every sixteenth column, so a warp reads two rows of `a` (one address for 16 lanes)
+// and 16 neighbouring rows of `b`. Rows are padded by 16 bytes: eight rows then begin in eight different groups of four
+// banks, and no access here has a bank conflict. In registers a value is used four times for each time it is loaded.
 #pragma once
 
 #include <stdexcept>
@@ -28,7 +28,7 @@ template <class A_, int width>
 struct GenericTile {
   using A = A_;
   static constexpr int kWidth = width, kDepth = 64;
-  static constexpr int kRun = 16;  // products that are summed before they join a score: fewer roundings one on the other
+  static constexpr int kRun = 16;  // products that are summed before they join a score: roundings add up less
   static constexpr int kThreads = 128, kLanes = 16;  // lanes: that share four rows
   static constexpr int kBlocks = 2;                  // of a multiprocessor, at least: results take many registers
   static constexpr int kOwn = 4, kRows = kThreads / kLanes * kOwn;
@@ -122,9 +122,9 @@ __device__ __forceinline__ void tile_products(typename Tile::Scores& products, t
   }
 }
 
-// result = scale of the row * result + weights . columns depth .. of b, where weights are what tile_products gave. The sum
-// over a tile is made first and then added to what there is: as exact over many tiles as over few. Needs all threads of
-// the block.
+// result = scale of the row * result + weights . columns depth .. of b, where weights are what tile_products gave. The
+// sum over a tile is made first and then added to what there is: as exact over many tiles as over few. Needs all
+// threads of the block.
 template <class Tile>
 __device__ __forceinline__ void add_weighted(typename Tile::Result& result,
                                              const typename Tile::A (&scale)[Tile::kOwn],
@@ -237,7 +237,8 @@ struct GenericPlace {
   __device__ __forceinline__ GenericPlace(const AttentionPlan& plan, int heads, int rows) {
     const int tiles = tiles_of(rows), parts = parts_of(plan);
     const unsigned part = blockIdx.x / tiles, of_head = part / parts;
-    first = int(tiles - 1 - blockIdx.x % tiles) * Tile::kRows;  // last rows first: under a causal mask they see the most
+    // Last rows first: under a causal mask they see the most keys.
+    first = int(tiles - 1 - blockIdx.x % tiles) * Tile::kRows;
     depth = int(part % parts) * Tile::kWidth;
     head = int(of_head % heads);
     batch = int(of_head / heads);

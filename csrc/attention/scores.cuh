@@ -55,8 +55,8 @@ __device__ __forceinline__ KeyRange over_warp(KeyRange range) {
 }
 
 // LSE of a row from its largest score and its sum e^(score - peak). Rounded to a float, an LSE of 6 would make every
-// weight of the backward wrong by 2e-7, twice as much as torch's are in float32. So there (kWithRest) the rest goes with
-// it; the logarithm is one for each row, so it may be a double's.
+// weight of the backward wrong by 2e-7, twice as much as torch's are in float32. So there (kWithRest) the rest goes
+// with it; the logarithm is one for each row, so it may be a double's.
 template <bool kWithRest, class A>
 __device__ __forceinline__ void store_lse(const AttentionForward& p, int64_t row, bool blind, A peak, A sum) {
   if constexpr (kWithRest) {

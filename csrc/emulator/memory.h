@@ -37,8 +37,8 @@ struct Shadow {
   bool atomic = false, many_clusters_read = false;
 };
 
-// Of a block's dynamic shared memory. The bytes of an aligned word that were only accessed together have one Shadow, the
-// first byte's: most accesses are of whole words, and then there is a quarter to look after.
+// Of a block's dynamic shared memory. The bytes of an aligned word that were only accessed together have one Shadow,
+// the first byte's: most accesses are of whole words, and then there is a quarter to look after.
 struct SharedShadow {
   static constexpr size_t kWord = 4;
   std::vector<Shadow> bytes;
