@@ -439,8 +439,8 @@ SCHEMAS = {
     # What is not needed is empty.
     "attention_backward": (
         "(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor lse_rest, "
-        "bool causal, int? window, float scale, float softcap, Tensor? doc_start, Tensor? doc_end, Tensor? kv_lengths, bool need_q, bool need_k, "
-        "bool need_v) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
+        "bool causal, int? window, float scale, float softcap, Tensor? doc_start, Tensor? doc_end, Tensor? kv_lengths, "
+        "bool need_q, bool need_k, bool need_v) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
     ),
 }
 
