@@ -97,35 +97,44 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
 def time_table(result: dict[str, Any]) -> Iterator[str]:
     """Of what operations.py timed: a line for each case, a column for each contender."""
     copy = result["copy"]["gb_per_second"]
-    yield f"copy bandwidth {copy:,.0f} GB/s; median µs, and the least bytes over the time as a part of it"
-    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    yield f"copy bandwidth {copy:,.0f} GB/s; median µs, and the least bytes over the time as a part of it, or TFLOP/s;"
+    yield "last how many times as fast as the best of the others the first is"
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        key = (row["op"], row["direction"], row["columns"], row["dtype"])
-        cases.setdefault(key, {})[row["contender"]] = row
+        cases.setdefault(_label(row), {})[row["contender"]] = row
     names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
-    yield f"{'':40}{'MB':>8}" + "".join(f"{name:>17}" for name in names)
-    for key, found in cases.items():
-        some = next(iter(found.values()))
-        cells = "".join(
-            f"{found[n]['microseconds']:>10.1f} {found[n]['of_copy']:>5.0%} " if n in found else f"{'-':>17}"
-            for n in names
-        )
-        label = f"{key[0]} {key[1]} {some['rows']} x {key[2]} {key[3]}"
-        yield f"{label:40}{some['least_bytes'] / 1e6:>8.0f}{cells}"
+    width = max(40, *(len(label) + 2 for label in cases), 0)
+    yield f"{'':{width}}{'MB':>8}" + "".join(f"{name:>17}" for name in names)
+    for label, found in cases.items():
+        cells = "".join(_cell(found[name]) if name in found else f"{'-':>17}" for name in names)
+        others = [found[name]["microseconds"] for name in names[1:] if name in found]
+        if others and names[0] in found:
+            cells += f"{min(others) / found[names[0]]['microseconds']:>8.2f}"
+        yield f"{label:{width}}{next(iter(found.values()))['least_bytes'] / 1e6:>8.0f}{cells}"
     for what, why in result["left_out"].items():
         yield f"left out: {what}: {why}"
     for what, why in result["failed"].items():
         yield f"FAILED: {what}: {why}"
 
 
+def _label(row: dict[str, Any]) -> str:
+    shape = row["what"] if "what" in row else f"{row['rows']} x {row['columns']}"
+    return f"{row['op']} {row['direction']} {shape} {row['dtype']}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    rate = f"{row['tflops_per_second']:>5.0f}T" if "tflops_per_second" in row else f"{row['of_copy']:>5.0%} "
+    return f"{row['microseconds']:>10.1f} {rate}"
+
+
 def count_table(result: dict[str, Any]) -> Iterator[str]:
     """Of what operations.py counted on the emulator."""
     yield "counted on the emulator; these are no times"
-    yield f"{'':40}{'KB':>8}{'bytes/least':>13}{'sectors/fewest':>16}{'bank conflicts':>16}"
+    width = max(40, *(len(_label(row)) + 2 for row in result["rows"]), 0)
+    yield f"{'':{width}}{'KB':>8}{'bytes/least':>13}{'sectors/fewest':>16}{'bank conflicts':>16}"
     for row in result["rows"]:
-        label = f"{row['op']} {row['direction']} {row['rows']} x {row['columns']} {row['dtype']}"
         counts = f"{row['bytes_over_least']:>13.3f}{row['sectors_over_fewest']:>16.3f}{row['bank_conflicts']:>16}"
-        yield f"{label:40}{row['least_bytes'] / 1e3:>8.0f}{counts}"
+        yield f"{_label(row):{width}}{row['least_bytes'] / 1e3:>8.0f}{counts}"
 
 
 def memory_of_this_process(field: str) -> float | None:

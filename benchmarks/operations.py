@@ -62,10 +62,14 @@ class Case:
     """For a number of rows: every input read once, every output written once."""
     contenders: dict[str, Make] = field(repr=False)
     """fastgpt's first."""
+    what: str = ""
+    """In the place of `columns` in names and tables: a shape with more to it."""
+    flops: Callable[[int], int] | None = None
+    """Of the matrix products, where these take the time and not the bytes."""
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.direction} {self.columns} {NAMES[self.dtype]}"
+        return f"{self.op} {self.direction} {self.what or self.columns} {NAMES[self.dtype]}"
 
 
 # ---- contenders ------------------------------------------------------------------------------------------
@@ -257,6 +261,10 @@ def _time(case: Case, name: str, report: Report, clock: Any, device: str) -> Non
     else:
         rate = case.least_bytes(ROWS) / found["microseconds"] / 1e3
         bandwidth = report.facts["copy"]["gb_per_second"]
+        if case.what:
+            found["what"] = case.what
+        if case.flops:
+            found["tflops_per_second"] = case.flops(ROWS) / found["microseconds"] / 1e6
         report.add(op=case.op, direction=case.direction, rows=ROWS, columns=case.columns, dtype=NAMES[case.dtype],
                    contender=name, least_bytes=case.least_bytes(ROWS), **found, gb_per_second=rate,
                    of_copy=rate / bandwidth)  # fmt: skip
@@ -284,6 +292,7 @@ def count(case: Case) -> dict[str, Any]:
         "direction": case.direction,
         "rows": EMULATED_ROWS,
         "columns": case.columns,
+        **({"what": case.what} if case.what else {}),
         "dtype": NAMES[case.dtype],
         "least_bytes": least,
         "bytes": total["bytes"],

@@ -245,6 +245,7 @@ SHARED = {
 INCLUDES = {
     "<op>/*.h": {"<op>", "device/types.h"},
     "<op>/*.cu": {"<op>", "device", "ptx", "host/launch.h", "host/multiprocessors.h"},
+    "<op>/*.cuh": {"<op>", "device", "ptx", "host/launch.h"},
     "<op>/*.cpp": {"<op>", "host/tensor.h", "host/path.h"},
     "host": {"host", "device", "emulator/emulator.h"},
     "device": {"device", "ptx", "emulator/cuda.h"},

@@ -98,4 +98,4 @@ def test_a_part_of_the_tests_is_not_held_to_them(suite: pytest.Pytester, argumen
 def test_the_budgets_fit_the_whole() -> None:
     """`make test` is to take ten minutes of two processors at most, and budgets are twice what is taken."""
     assert sum(seconds for seconds, _ in conftest.BUDGETS.values()) / 2 <= 2 * 600
-    assert conftest.area("ops/test_attention.py") == "ops" and conftest.area("test_budgets.py") == "others"
+    assert conftest.area("ops/test_contract.py") == "ops" and conftest.area("test_budgets.py") == "others"

@@ -262,7 +262,9 @@ def test_times_and_their_table(clock: operations.Clock, tmp_path: Path, monkeypa
         ("layer_norm", "forward", "fastgpt"), ("layer_norm", "forward", "eager"), ("layer_norm", "backward", "fastgpt"),
     ]  # fmt: skip
     lines = list(operations.harness.time_table(result))
-    assert "fastgpt" in lines[1] and lines[2].startswith("layer_norm forward 4 x 8 fp32")
+    assert "fastgpt" in lines[2] and lines[3].startswith("layer_norm forward 4 x 8 fp32")
+    first = {r["contender"]: r["microseconds"] for r in result["rows"][:2]}
+    assert lines[3].endswith(f"{first['eager'] / first['fastgpt']:8.2f}")
 
 
 def test_ours_that_fails_and_no_time_left(clock: operations.Clock, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def _load(path):
 
 guide = _load(GUIDE / "run.py")
 CHAPTERS = guide.chapters()
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES_THAT_RUN = [*CHAPTERS, ARCHITECTURE]
+ARCHITECTURE, ATTENTION = ROOT / "docs" / "architecture.md", ROOT / "docs" / "attention.md"
+PAGES_THAT_RUN = [*CHAPTERS, ARCHITECTURE, ATTENTION]
 SOLVED = sorted(SOLUTIONS.glob("[0-9]*.py"))
 
 
@@ -69,7 +69,7 @@ def test_each_chapter_has_its_exercise_and_its_next_reading():
         assert "\n## Read next\n" in text
 
 
-@pytest.mark.parametrize("page", [*sorted(GUIDE.glob("*.md")), ARCHITECTURE], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [*sorted(GUIDE.glob("*.md")), ARCHITECTURE, ATTENTION], ids=lambda p: p.stem)
 def test_what_a_page_points_to_exists(page):
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)

@@ -21,4 +21,10 @@ struct ConstRows {
   int64_t stride = 0;
 };
 
+// Heads of D neighbours each, to read: (B, T, heads, D) with a stride for each of the first three dimensions.
+struct ConstHeads {
+  const void* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0;
+};
+
 }  // namespace fastgpt

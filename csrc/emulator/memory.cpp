@@ -140,6 +140,16 @@ struct ReadSet {
 std::vector<ReadSet> read_sets;
 std::vector<int> free_read_sets;
 
+int new_read_set() {
+  if (free_read_sets.empty()) {
+    free_read_sets.push_back(int(read_sets.size()));
+    read_sets.emplace_back();
+  }
+  const int set = free_read_sets.back();
+  free_read_sets.pop_back();
+  return set;
+}
+
 void drop_reads(Shadow& shadow) {
   if (shadow.read_set >= 0) {
     read_sets[shadow.read_set].clear();
@@ -164,16 +174,25 @@ void add_read(Shadow& shadow, const Actor& actor, uint32_t place) {
     shadow.read_clock = actor.clock;
     shadow.read_place = place;
   } else {
-    if (free_read_sets.empty()) {
-      free_read_sets.push_back(int(read_sets.size()));
-      read_sets.emplace_back();
-    }
-    shadow.read_set = free_read_sets.back();
-    free_read_sets.pop_back();
+    shadow.read_set = new_read_set();
     read_sets[shadow.read_set].add({shadow.reader, shadow.read_clock, shadow.read_place});
     read_sets[shadow.read_set].add({id, actor.clock, place});
   }
   shadow.read_cluster = machine.cluster_number;
+}
+
+// From here on each byte of the word is known by itself.
+void take_apart(SharedShadow& shadow, size_t word) {
+  if (shadow.apart[word]) return;
+  shadow.apart[word] = 1;
+  const Shadow whole = shadow.bytes[word * SharedShadow::kWord];
+  for (size_t i = 1; i < SharedShadow::kWord; ++i) {
+    Shadow& byte = shadow.bytes[word * SharedShadow::kWord + i];
+    byte = whole;
+    if (whole.read_set < 0) continue;
+    byte.read_set = new_read_set();
+    read_sets[byte.read_set] = read_sets[whole.read_set];
+  }
 }
 
 std::string at_place(uint32_t place) {
@@ -362,7 +381,7 @@ void begin_memory_checks(const void* kernel) {
   launched = &registered();
   for (Region& region : registered()) region.shadow.clear();
   for (auto& block : machine.blocks) {  // none of them may go on referring to a set that is given away again
-    block->shadow.clear();
+    block->shadow.bytes.clear();
     poison_statics(*block);
   }
   read_sets.clear();
@@ -378,8 +397,10 @@ void begin_memory_checks(const void* kernel) {
 void clear_shared_memory(Block& block) {
   std::memset(block.shared, 0xff, machine.shared_bytes);  // NaN in every float format
   if (machine.checked()) {
-    for (Shadow& byte : block.shadow) drop_reads(byte);
-    block.shadow.assign(machine.shared_bytes, Shadow());
+    for (Shadow& byte : block.shadow.bytes) drop_reads(byte);
+    const size_t words = (machine.shared_bytes + SharedShadow::kWord - 1) / SharedShadow::kWord;
+    block.shadow.bytes.assign(words * SharedShadow::kWord, Shadow());
+    block.shadow.apart.assign(words, 0);
   }
   for (auto& [address, byte] : block.statics.shadow) drop_reads(byte);
   poison_statics(block);
@@ -404,7 +425,7 @@ Block& block_of_shared(const void* address) {
 
 const Shadow& shared_shadow(const void* address) {
   const Block& block = block_of_shared(address);
-  return block.shadow[static_cast<const char*>(address) - block.shared];
+  return block.shadow.bytes[static_cast<const char*>(address) - block.shared];
 }
 
 void touch_shared(const void* address, size_t bytes, Access access, const Actor& actor, Caller caller) {
@@ -429,12 +450,16 @@ void touch_shared(const void* address, size_t bytes, Access access, const Actor&
       report("shared memory of a block that has exited",
              format("%s of shared memory of block %zu of the cluster", verb(access), rank), caller);
   }
-  for (size_t i = 0; i < bytes; ++i) {
-    Shadow& byte = block.shadow[offset + i];
-    auto name = [&] { return format("shared byte %zu", offset + i); };
+  constexpr size_t kWord = SharedShadow::kWord;
+  for (size_t at = offset, end = offset + bytes; at < end;) {
+    const bool whole = at % kWord == 0 && end - at >= kWord;
+    if (!whole) take_apart(block.shadow, at / kWord);
+    Shadow& byte = block.shadow.bytes[at];
+    auto name = [&] { return format("shared byte %zu", at); };
     if (byte.writer == Shadow::kNobody && access != Access::write)
       report("uninitialised read", name() + " was never written by this block", caller);
     touch(byte, access, actor, name, caller);
+    at += whole && !block.shadow.apart[at / kWord] ? kWord : 1;
   }
 }
 

@@ -37,7 +37,13 @@ struct Shadow {
   bool atomic = false, many_clusters_read = false;
 };
 
-using SharedShadow = std::vector<Shadow>;
+// Of a block's dynamic shared memory. The bytes of an aligned word that were only accessed together have one Shadow,
+// the first byte's: most accesses are of whole words, and then there is a quarter to look after.
+struct SharedShadow {
+  static constexpr size_t kWord = 4;
+  std::vector<Shadow> bytes;
+  std::vector<uint8_t> apart;  // by word: its bytes have a Shadow each
+};
 
 // Static __shared__ variables are C++ statics: known byte by byte, and swapped between the blocks of a cluster.
 struct StaticShared {

@@ -163,4 +163,19 @@ class Call {
 #endif
 };
 
+// A tensor (B, T, heads, D) whose heads have their elements side by side: the tensor itself, or a contiguous copy.
+struct HeadsView {
+  Tensor tensor;  // holds the memory
+
+  explicit HeadsView(const Tensor& x)
+      : tensor(x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x)) {}
+
+  // data: what the call gave for the tensor.
+  ConstHeads at(const void* data) const {
+    const auto step = [&](int64_t d) { return tensor.size(d) > 1 ? tensor.stride(d) : 0; };
+    return {data, step(0), step(1), step(2)};
+  }
+  ConstHeads in(const Call& call, const char* name) const { return at(call.in(tensor, name)); }
+};
+
 }  // namespace fastgpt

@@ -11,21 +11,6 @@
 namespace fastgpt {
 namespace {
 
-// (B, T, heads, D) whose heads have their elements side by side: the tensor itself, or a contiguous copy.
-struct Heads {
-  Tensor tensor;
-
-  explicit Heads(const Tensor& x)
-      : tensor(x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x)) {}
-
-  // data: what the call gave for the tensor.
-  ConstHeads at(const void* data) const {
-    const auto step = [&](int64_t d) { return tensor.size(d) > 1 ? tensor.stride(d) : 0; };
-    return {data, step(0), step(1), step(2)};
-  }
-  ConstHeads in(const Call& call, const char* name) const { return at(call.in(tensor, name)); }
-};
-
 class RotaryAlignment : public Alignment {
  public:
   explicit RotaryAlignment(const RotaryPlan& plan) : Alignment(plan.dtype, plan.width) {
@@ -95,7 +80,7 @@ Tensor rotated(const char* entry, const Tensor& x, const Tensor& cos, const Tens
                const OptionalTensor& positions, int64_t n_head, int64_t n_kv_head, bool backwards) {
   Inputs inputs(x, cos, sin, positions, n_head, n_kv_head);
   const Call call(x);
-  const Heads heads(x);
+  const HeadsView heads(x);
   const Tensor y = empty(x, x.sizes(), x.scalar_type());
   inputs.give(call);
   Rotary p{inputs.plan, heads.in(call, backwards ? "d_y" : "qkv"), call.out(y, backwards ? "d_qkv" : "y")};
@@ -121,7 +106,7 @@ void rotary_forward_(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Op
   const Call call(qkv);
   inputs.give(call);
   void* const data = call.in_place(qkv, "qkv");
-  Rotary p{inputs.plan, Heads(qkv).at(data), data};
+  Rotary p{inputs.plan, HeadsView(qkv).at(data), data};
   p.in_place = true;
   launch_rotary("rotary_forward_", p, call);
 }
@@ -147,7 +132,7 @@ Tensor rotary_norm_forward(const Tensor& qkv, const Tensor& cos, const Tensor& s
   Inputs inputs(qkv, cos, sin, positions, n_head, n_kv_head);
   const Tensor q_weight = weight_of(qkv, q_weight_, "q_weight"), k_weight = weight_of(qkv, k_weight_, "k_weight");
   const Call call(qkv);
-  const Heads heads(qkv);
+  const HeadsView heads(qkv);
   const Tensor y = empty(qkv, qkv.sizes(), qkv.scalar_type());
   inputs.give(call);
   RotaryNormForward p;
@@ -174,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> rotary_norm_backward(const Tensor& d_y, const
   STD_TORCH_CHECK(same, "d_y must have the shape, dtype and device of qkv");
   const Tensor q_weight = weight_of(qkv, q_weight_, "q_weight"), k_weight = weight_of(qkv, k_weight_, "k_weight");
   const Call call(qkv);
-  const Heads x(qkv), d(d_y);
+  const HeadsView x(qkv), d(d_y);
   const auto gradient = [&](bool needed, const Tensor& of) {
     return needed ? empty(of, of.sizes(), of.scalar_type()) : empty(of, {0}, of.scalar_type());
   };

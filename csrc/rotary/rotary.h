@@ -8,12 +8,6 @@
 
 namespace fastgpt {
 
-// Heads of D neighbours each, to read: (B, T, heads, D) with a stride for each of the first three dimensions.
-struct ConstHeads {
-  const void* data = nullptr;
-  int64_t batch = 0, token = 0, head = 0;
-};
-
 // What every kernel here is told. Tables are float, and double for float64.
 struct RotaryPlan {
   int64_t batches = 0, tokens = 0;               // B, T

@@ -27,6 +27,9 @@ Contract
 Sources: Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023; softcap: Gemma 2, 2024, section 2;
 the block-wise evaluation on a CPU follows the backward equations of Dao et al. 2022 (FlashAttention, appendix B.4).
 
+The kernels (csrc/attention; docs/attention.md explains them) keep S and P in fp32, or fp64 for fp64, are
+deterministic, and have no second derivative. `choose_path` in attention.cpp says which of them serves a call.
+
 Which formulation runs where kernels do not (differentiable twice, but for the last):
     plain        `reference`: a softmax over the whole (Tq, Tk) matrix in fp32 or fp64; for softcap, LSE, torch.func.
     by blocks    `_BlockedAttention`: on a CPU, for all else but lengths. In bf16 it rounds S and P to bf16, as torch's
@@ -38,6 +41,7 @@ Which formulation runs where kernels do not (differentiable twice, but for the l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +49,7 @@ from torch import Tensor
 
 from fastgpt import native
 from fastgpt.ops import contract
+from fastgpt.ops.registry import contiguous_like, nothing_like, register
 
 # Probabilities up to this size are kept for the backward; larger ones are computed again, so memory stays linear in T.
 KEPT_PROBABILITIES_BYTES = 32 << 20
@@ -70,9 +75,13 @@ def attention(
     """
     _check(q, k, v, window, scale, softcap, doc_start, doc_end, kv_lengths)
     q, k, v = contract.autocast(q, k, v)
-    native.select(q, "attention")
-    masks = dict(causal=causal, window=window, doc_start=doc_start, doc_end=doc_end, kv_lengths=kv_lengths)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    ops = native.select(q, "attention")
+    if ops is not None:
+        bounds = (doc_start, doc_end, kv_lengths)
+        o, lse = _on_kernels(ops, q, k, v, causal, window, scale, float(softcap or 0.0), *bounds)
+        return (o, lse) if return_lse else o
+    masks = dict(causal=causal, window=window, doc_start=doc_start, doc_end=doc_end, kv_lengths=kv_lengths)
     if softcap is not None or return_lse or contract.transformed():
         return reference(q, k, v, scale=scale, softcap=softcap, return_lse=return_lse, **masks)
     blocks_serve = q.device.type == "cpu" and kv_lengths is None and not torch.compiler.is_compiling()
@@ -416,3 +425,81 @@ def _check(
                 f"got {tuple(kv_lengths.shape)} {kv_lengths.dtype}"
             )
         contract.check_device("attention", "kv_lengths", kv_lengths, "q", q)
+
+
+# ---- kernels ----------------------------------------------------------------------------------
+
+
+# softcap 0: none. lse_rest: LSE less its rounding, for the backward; of float32 alone, else empty.
+SCHEMAS = {
+    "attention_forward": (
+        "(Tensor q, Tensor k, Tensor v, bool causal, int? window, float scale, float softcap, Tensor? doc_start, "
+        "Tensor? doc_end, Tensor? kv_lengths) -> (Tensor o, Tensor lse, Tensor lse_rest)"
+    ),
+    # What is not needed is empty.
+    "attention_backward": (
+        "(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor lse_rest, "
+        "bool causal, int? window, float scale, float softcap, Tensor? doc_start, Tensor? doc_end, Tensor? kv_lengths, "
+        "bool need_q, bool need_k, bool need_v) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
+    ),
+}
+
+
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, Tq, H, _D = q.shape
+    lse = q.new_empty((B, H, Tq), dtype=contract.accumulator(q.dtype))
+    lse_rest = torch.empty_like(lse) if q.dtype == torch.float32 else q.new_empty(0, dtype=torch.float32)
+    return contiguous_like(q), lse, lse_rest
+
+
+def _fake_backward(
+    d_o: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (
+        contiguous_like(x) if needed else nothing_like(x) for x, needed in zip((q, k, v), options[-3:], strict=True)
+    )
+    return d_q, d_k, d_v
+
+
+register(SCHEMAS, {"attention_forward": _fake_forward, "attention_backward": _fake_backward})
+
+
+def _on_kernels(ops: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """options: those of both entries, from `causal` on."""
+    if contract.needs_gradient(q, k, v):
+        return _Kernels.apply(ops, q, k, v, *options)
+    o, lse, _ = ops.attention_forward.default(q, k, v, *options)
+    return o, lse
+
+
+class _Kernels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        softcap: float,
+        doc_start: Tensor | None,
+        doc_end: Tensor | None,
+        kv_lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        options = (causal, window, scale, softcap)
+        o, lse, lse_rest = ops.attention_forward.default(q, k, v, *options, doc_start, doc_end, kv_lengths)
+        ctx.save_for_backward(q, k, v, o, lse, lse_rest, doc_start, doc_end, kv_lengths)
+        ctx.ops, ctx.options = ops, options
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        contract.refuse_double_backward("attention")
+        q, k, v, o, lse, lse_rest, *bounds = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        d_o = torch.zeros_like(o) if d_o is None else d_o
+        found = ctx.ops.attention_backward.default(d_o, d_lse, q, k, v, o, lse, lse_rest, *ctx.options, *bounds, *needs)
+        return None, *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 7

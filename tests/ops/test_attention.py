@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from fastgpt.ops import attention, document_bounds
 from fastgpt.ops.attention import reference
+from tests.ops import kernels
 from tests.ops.checks import check_error, values
 from tests.rule import (
+    DEVICES,
     RULE_DTYPES,
     assert_within_rule,
     check_by_rule,
@@ -34,6 +37,15 @@ MASKS = (
     dict(causal=False, window=3),
 )
 HEADS = ((2, 2), (4, 2), (3, 1))
+
+# On the emulated kernels too.
+everywhere = pytest.mark.parametrize("device", kernels.WHERE, indirect=True)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.at(request.param) as device:
+        yield device
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, *, causal=True, window=None, scale=None, softcap=None) -> Tensor:
@@ -196,6 +208,7 @@ def test_other_documents_do_not_matter_to_the_bit(device, dtype):
         assert torch.equal(a[1], b[1])
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_future_tokens_do_not_matter_to_the_bit(device, dtype):
     q, k, v = inputs(1, 100, 100, dtype=dtype, device=device)
@@ -206,6 +219,7 @@ def test_future_tokens_do_not_matter_to_the_bit(device, dtype):
     assert not torch.equal(before[:, 60:], after[:, 60:])
 
 
+@everywhere
 @pytest.mark.parametrize("lse", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
 def test_rows_that_see_nothing(device, causal, lse):
@@ -241,6 +255,7 @@ def test_lengths_equal_shorter_keys_and_ignore_the_rest(device, Tq, dtype):
     assert (got[2] == 0).all()
 
 
+@everywhere
 def test_cached_steps_equal_one_pass(device):
     q, k, v = inputs(2, 12, 12, device=device)
     whole = attention(q, k, v, window=4)
@@ -265,6 +280,7 @@ def test_layouts_do_not_matter_to_the_bit(device, layout, dtype):
         assert torch.equal(a, b)
 
 
+@everywhere
 def test_views_of_a_packed_projection(device):
     qkv = randn(2, 70, 8, 16, device=device, dtype=torch.float32)
 
@@ -278,6 +294,7 @@ def test_views_of_a_packed_projection(device):
     assert attention(*qkv.split([4, 2, 2], 2)).is_contiguous()
 
 
+@everywhere
 @pytest.mark.parametrize("options", (dict(), dict(window=3), dict(softcap=3.0), dict(return_lse=True)), ids=str)
 @pytest.mark.parametrize("shape", ((0, 4, 4), (2, 0, 4), (2, 4, 0), (2, 0, 0)), ids=str)
 def test_empty(device, shape, options):
@@ -293,6 +310,7 @@ def test_empty(device, shape, options):
     assert all((g == 0).all() for g in torch.autograd.grad(o.sum(), arguments))
 
 
+@everywhere
 def test_lse(device):
     q, k, v = inputs(2, 20, 20, device=device)
     o, lse = attention(q, k, v, return_lse=True)
@@ -303,6 +321,7 @@ def test_lse(device):
     assert attention(*(t.bfloat16() for t in (q, k, v)), return_lse=True)[1].dtype == torch.float32
 
 
+@everywhere
 def test_uninitialised_memory_is_not_read(device):
     arguments = inputs(2, 70, 70, dtype=torch.bfloat16, device=device)
     clean = outputs_and_gradients(attention, arguments)
@@ -312,6 +331,7 @@ def test_uninitialised_memory_is_not_read(device):
         assert torch.equal(a, b)
 
 
+@everywhere
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_nan_and_inf_propagate(device, value):
     q, k, v = inputs(1, 6, 6, device=device)
@@ -399,12 +419,14 @@ def test_the_same_error_everywhere(message):
     check_error(attention, message, make)
 
 
+@everywhere
 def test_meta_agrees(device):
     out = attention(*inputs(device=device))
     meta = attention(*inputs(device="meta"))
     assert (meta.shape, meta.dtype, meta.stride()) == (out.shape, out.dtype, out.stride())
 
 
+@everywhere
 @pytest.mark.parametrize("options", (dict(), dict(window=3), dict(softcap=4.0), dict(doc=True)), ids=str)
 def test_compiles_whole(device, options):
     if options.pop("doc", False):
@@ -419,6 +441,7 @@ def test_compiles_whole(device, options):
         torch.testing.assert_close(a, b)
 
 
+@everywhere
 def test_autocast(device):
     arguments = inputs(2, 20, 20, dtype=torch.float32, device=device)
     with torch.autocast(device, torch.bfloat16):

@@ -1,0 +1,62 @@
+// Attention: what the kernels of this folder are given, and which there are. No torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "device/types.h"
+
+namespace fastgpt {
+
+// What every kernel here is told: shapes and masks, as fastgpt/ops/attention.py has them.
+struct AttentionPlan {
+  int batches = 0, queries = 0, keys = 0;  // B, Tq, Tk
+  int heads = 0, kv_heads = 0, width = 0;  // H, KV, D
+  DType dtype = DType::float32;            // of q, k, v, o and their gradients
+  bool causal = true;
+  int window = -1;  // -1: none
+  double scale = 1, softcap = 0;           // softcap 0: none
+  const int32_t *doc_start = nullptr, *doc_end = nullptr;  // (B, T), or null
+  const void* kv_lengths = nullptr;                        // (B,), or null: Tk keys everywhere
+  bool long_lengths = false;                               // int64, and not int32
+};
+
+struct AttentionForward {
+  AttentionPlan plan;
+  ConstHeads q, k, v;
+  void* o = nullptr;    // (B, Tq, H, D) contiguous
+  void* lse = nullptr;  // (B, H, Tq), float, or double for float64
+  float* lse_rest = nullptr;  // (B, H, Tq): LSE less what it was rounded to; of float32 alone, else null
+  // Of decoding alone. splits: what attention_decode_splits said; with more than one there are workspaces, float.
+  int splits = 1;
+  void* partial_o = nullptr;      // (B, H, Tq, splits, D): not yet divided by its sum
+  void* partial_stats = nullptr;  // (B, H, Tq, splits, 2): the largest score, and the sum of e^(score - largest)
+};
+
+struct AttentionBackward {
+  AttentionPlan plan;
+  ConstHeads d_o, q, k, v, o;
+  const void* lse = nullptr;    // (B, H, Tq), float, or double for float64: what the forward gave
+  const float* lse_rest = nullptr;  // likewise; of float32 alone, else null
+  const void* d_lse = nullptr;  // likewise; null: LSE was not used
+  void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
+  void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
+};
+
+// generic: any dtype, width and alignment. decode: few queries against many keys. attention.cpp: choose_path.
+enum class AttentionPath { generic, decode };
+
+// What decoding serves besides: 16-byte accesses, no documents, no float64.
+constexpr int kMostDecodeQueries = 8;
+constexpr int kWidestDecodeHead = 512;  // bytes: one vector for each lane of a warp
+
+// Over how many blocks decoding splits the keys of a row: by the room for keys, which the host knows, and not by how
+// many there are.
+int attention_decode_splits(const AttentionPlan& plan);
+
+void launch_attention_forward_generic(const AttentionForward& p, Stream stream);
+void launch_attention_decode(const AttentionForward& p, Stream stream);
+
+void launch_attention_delta(const AttentionBackward& p, Stream stream);  // first, whichever path follows
+void launch_attention_backward_generic(const AttentionBackward& p, Stream stream);
+
+}  // namespace fastgpt

@@ -1,0 +1,46 @@
+"""attention: the generic path in each tile, with rows, columns and widths that do not fill it, documents, and blocks
+that come to a second tile; decoding of one row and of many, split and whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from tests.mutation.mutants import Scenario
+from tests.rule import outputs_and_gradients, randn
+
+
+def attention(T: int, heads: tuple[int, int], D: int, dtype: torch.dtype, *, cut: int | None = None) -> Scenario:
+    """Forward and backward, of two documents or of the last T - 3 tokens against all."""
+
+    def run() -> list[Tensor]:
+        q, k, v = (randn(1, T, h, D, dtype=dtype, seed=h) for h in (heads[0], heads[1], heads[1]))
+        options = {}
+        if cut is None:
+            q = q[:, 3:]
+        else:
+            bounds = ops.document_bounds(torch.tensor([0, cut]), 1, T)
+            options = dict(zip(("doc_start", "doc_end"), bounds, strict=True))
+        return outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True, **options), [q, k, v])
+
+    return Scenario(f"attention of {T} tokens, {heads} heads of {D} in {dtype}", run, chip="sm_75")
+
+
+def decoding(Tq: int, Tk: int, heads: tuple[int, int], D: int, dtype: torch.dtype) -> Scenario:
+    def run() -> list[Tensor]:
+        q = randn(1, Tq, heads[0], D, dtype=dtype)
+        k, v = (randn(1, Tk, heads[1], D, dtype=dtype, seed=seed) for seed in (1, 2))
+        with torch.no_grad():
+            return list(ops.attention(q, k, v, return_lse=True))
+
+    return Scenario(f"decoding of {Tq} over {Tk}, {heads} heads of {D} in {dtype}", run)
+
+
+SCENARIOS = [
+    attention(70, (2, 1), 5, torch.bfloat16),
+    attention(9, (1, 1), 70, torch.float32),  # two steps of the products, two chunks of a result
+    attention(97, (1, 1), 3, torch.float64, cut=32),  # tiles of queries that a tile of keys passes over
+    decoding(1, 70, (1, 1), 24, torch.bfloat16),
+    decoding(3, 513, (3, 1), 8, torch.float32),  # two splits, two groups of rows
+]
