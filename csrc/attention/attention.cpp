@@ -17,7 +17,8 @@ struct Choice {
 };
 
 AttentionPath remember(const char* entry, Choice choice) {
-  remember_path(entry, choice.path == AttentionPath::decode ? "decode" : "generic", choice.reason);
+  const char* const names[] = {"generic", "decode", "sm80"};  // in the order of AttentionPath
+  remember_path(entry, names[int(choice.path)], choice.reason);
   return choice.path;
 }
 
@@ -29,7 +30,21 @@ class HeadsAlignment : public Alignment {
   }
 };
 
-Choice choose_path(const AttentionForward& p) {
+// Why tensor cores do not serve a call, or null.
+template <class... Heads>
+const char* against_sm80(const AttentionPlan& plan, const Heads&... heads) {
+  HeadsAlignment found(plan.dtype, plan.width);
+  if (!attention_sm80_serves_chip()) found.note("a chip older than sm_80");
+  if (bytes_of(plan.dtype) != 2) found.note("not a dtype of 16 bits");
+  if (plan.width == 0) found.note("heads without elements");
+  if (plan.width > kWidestSm80Head) found.note("a head is too wide for tensor cores");
+  // The scale is multiplied in where exponents are computed: the largest score must be that of the largest product.
+  if (!(plan.scale >= 1e-30 && plan.scale <= 1e30)) found.note("a scale that is not positive, or extreme");
+  (found.heads(heads), ...);
+  return found.reason();
+}
+
+const char* against_decoding(const AttentionForward& p) {
   const AttentionPlan& plan = p.plan;
   HeadsAlignment found(plan.dtype, plan.width);
   if (plan.dtype == DType::float64) found.note("float64");
@@ -40,11 +55,21 @@ Choice choose_path(const AttentionForward& p) {
   found.heads(p.q);
   found.heads(p.k);
   found.heads(p.v);
-  if (found.reason()) return {AttentionPath::generic, found.reason()};
-  return {AttentionPath::decode, "few queries"};
+  return found.reason();
 }
 
-Choice choose_path(const AttentionBackward&) { return {AttentionPath::generic, "serves everything"}; }
+Choice choose_path(const AttentionForward& p) {
+  const char* decoding = against_decoding(p);
+  if (!decoding) return {AttentionPath::decode, "few queries"};
+  if (!attention_sm80_serves_chip()) return {AttentionPath::generic, decoding};
+  if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v)) return {AttentionPath::generic, reason};
+  return {AttentionPath::sm80, "16 bits, on tensor cores"};
+}
+
+Choice choose_path(const AttentionBackward& p) {
+  if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v, p.d_o)) return {AttentionPath::generic, reason};
+  return {AttentionPath::sm80, "16 bits, on tensor cores"};
+}
 
 // The arguments that both entries share, checked; with what had to be made contiguous.
 struct Inputs {
@@ -140,8 +165,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
   p.o = call.out(o, "o");
   p.lse = call.out(lse, "lse");
   if (exact) p.lse_rest = static_cast<float*>(call.out(lse_rest, "lse_rest"));
-  if (remember("attention_forward", choose_path(p)) == AttentionPath::generic) {
-    launch_attention_forward_generic(p, call.stream());
+  const AttentionPath path = remember("attention_forward", choose_path(p));
+  if (path != AttentionPath::decode) {
+    path == AttentionPath::sm80 ? launch_attention_forward_sm80(p, call.stream())
+                                : launch_attention_forward_generic(p, call.stream());
     return {o, lse, lse_rest};
   }
   p.splits = attention_decode_splits(p.plan);
@@ -204,9 +231,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   if (need_q) p.d_q = call.out(d_q, "d_q");
   if (need_k) p.d_k = call.out(d_k, "d_k");
   if (need_v) p.d_v = call.out(d_v, "d_v");
-  remember("attention_backward", choose_path(p));
+  const AttentionPath path = remember("attention_backward", choose_path(p));
   launch_attention_delta(p, call.stream());
-  launch_attention_backward_generic(p, call.stream());
+  if (path == AttentionPath::generic) {
+    launch_attention_backward_generic(p, call.stream());
+    return {d_q, d_k, d_v};
+  }
+  p.splits = attention_backward_splits(p.plan);
+  OptionalTensor partial_d_q;
+  if (need_q) {
+    partial_d_q = empty(q, {p.splits, q.size(0), q.size(1), q.size(2), q.size(3)}, ScalarType::Float);
+    p.partial_d_q = static_cast<float*>(call.out(*partial_d_q, "partial_d_q"));
+  }
+  launch_attention_backward_sm80(p, call.stream());
   return {d_q, d_k, d_v};
 }
 

@@ -40,14 +40,25 @@ struct AttentionBackward {
   const void* d_lse = nullptr;  // likewise; null: LSE was not used
   void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
   void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
+  // Of the sm_80 path alone: what attention_backward_splits said, and a workspace where d_q is wanted.
+  int splits = 1;
+  float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)
 };
 
-// generic: any dtype, width and alignment. decode: few queries against many keys. attention.cpp: choose_path.
-enum class AttentionPath { generic, decode };
+// generic: any dtype, width and alignment. decode: few queries against many keys. sm80: tensor cores, 16 bits.
+// attention.cpp: choose_path.
+enum class AttentionPath { generic, decode, sm80 };
 
 // What decoding serves besides: 16-byte accesses, no documents, no float64.
 constexpr int kMostDecodeQueries = 8;
 constexpr int kWidestDecodeHead = 512;  // bytes: one vector for each lane of a warp
+
+// What the sm_80 path serves: heads of up to this width, rows that begin at multiples of 16 bytes.
+constexpr int kWidestSm80Head = 128;
+bool attention_sm80_serves_chip();  // the current device
+
+// Over how many blocks the backward on the sm_80 path splits the keys of a head.
+int attention_backward_splits(const AttentionPlan& plan);
 
 // Over how many blocks decoding splits the keys of a row: by the room for keys, which the host knows, and not by how
 // many there are.
@@ -55,8 +66,10 @@ int attention_decode_splits(const AttentionPlan& plan);
 
 void launch_attention_forward_generic(const AttentionForward& p, Stream stream);
 void launch_attention_decode(const AttentionForward& p, Stream stream);
+void launch_attention_forward_sm80(const AttentionForward& p, Stream stream);
 
 void launch_attention_delta(const AttentionBackward& p, Stream stream);  // first, whichever path follows
 void launch_attention_backward_generic(const AttentionBackward& p, Stream stream);
+void launch_attention_backward_sm80(const AttentionBackward& p, Stream stream);
 
 }  // namespace fastgpt

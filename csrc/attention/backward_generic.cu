@@ -72,16 +72,6 @@ __device__ __forceinline__ void fill(A (&values)[n], A with) {
   for (int i = 0; i < n; ++i) values[i] = with;
 }
 
-// The queries that may see keys first .. last - 1, by the causal mask and the window; documents are looked at tile by
-// tile.
-__device__ __forceinline__ KeyRange queries_seeing(const AttentionPlan& plan, int first, int last, int keys) {
-  const int offset = keys - plan.queries;  // of a query's position
-  KeyRange queries{0, plan.queries};
-  if (plan.causal) queries.begin = max(0, first - offset);
-  if (plan.window >= 0) queries.end = int(min(int64_t(plan.queries), int64_t(last) + plan.window - offset));
-  return queries;
-}
-
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_backward_generic_kernel(
     AttentionBackward p) {

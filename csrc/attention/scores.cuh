@@ -32,18 +32,29 @@ __device__ __forceinline__ int keys_of(const AttentionPlan& plan, int batch) {
   return int(max(int64_t(0), min(length, int64_t(plan.keys))));
 }
 
-// Of one query, where the row of the batch has `keys` keys.
-__device__ __forceinline__ KeyRange keys_seen(const AttentionPlan& plan, int batch, int query, int keys) {
+// Of one query, where the row of the batch has `keys` keys, and its document is doc_start .. doc_end - 1.
+__device__ __forceinline__ KeyRange keys_seen(const AttentionPlan& plan, int query, int keys, int doc_start,
+                                              int doc_end) {
   const int position = query + keys - plan.queries;  // the queries are the last of the keys
-  int begin = 0, end = keys;
+  int begin = max(0, doc_start), end = min(keys, doc_end);
   if (plan.causal) end = min(end, position + 1);
   if (plan.window >= 0) begin = max(begin, position - plan.window);
-  if (plan.doc_start) {
-    const int64_t token = int64_t(batch) * plan.queries + query;
-    begin = max(begin, plan.doc_start[token]);
-    end = min(end, plan.doc_end[token]);
-  }
   return begin < end ? KeyRange{begin, end} : KeyRange{};
+}
+__device__ __forceinline__ KeyRange keys_seen(const AttentionPlan& plan, int batch, int query, int keys) {
+  if (!plan.doc_start) return keys_seen(plan, query, keys, 0, keys);
+  const int64_t token = int64_t(batch) * plan.queries + query;
+  return keys_seen(plan, query, keys, plan.doc_start[token], plan.doc_end[token]);
+}
+
+// The queries that may see keys first .. last - 1, by the causal mask and the window; documents are looked at tile by
+// tile.
+__device__ __forceinline__ KeyRange queries_seeing(const AttentionPlan& plan, int first, int last, int keys) {
+  const int offset = keys - plan.queries;  // of a query's position
+  KeyRange queries{0, plan.queries};
+  if (plan.causal) queries.begin = max(0, first - offset);
+  if (plan.window >= 0) queries.end = int(min(int64_t(plan.queries), int64_t(last) + plan.window - offset));
+  return queries;
 }
 
 // The union over the lanes of a warp; every lane gets it.

@@ -35,7 +35,15 @@ int chip_number() {
   return chip.rfind("sm_", 0) == 0 ? std::atoi(chip.c_str() + 3) : 0;
 }
 
-size_t most_shared_bytes() { return (chip_number() >= 90 ? 227 : chip_number() >= 80 ? 163 : 64) * 1024; }
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+size_t most_shared_bytes() {
+  switch (chip_number()) {
+    case 75: return 64 * 1024;
+    case 80: case 87: return 163 * 1024;
+    case 86: case 89: case 120: return 99 * 1024;
+    default: return 227 * 1024;
+  }
+}
 
 namespace {
 

@@ -1,5 +1,5 @@
-// What the current device has: multiprocessors, by which a grid that stays until all rows are done is sized, and shared
-// memory for a block.
+// What the current device is and has: its chip, multiprocessors, by which a grid that stays until all rows are done is
+// sized, and shared memory for a block.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// 80 for sm_80.
+inline int chip() {
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the current device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for its chip");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for its chip");
+  return major * 10 + minor;
+}
+
 // The most that a block can ask for.
 inline int64_t most_shared_bytes() {
   int device = 0, bytes = 0;
@@ -28,6 +37,8 @@ inline int64_t most_shared_bytes() {
 
 // Few, so that the small tensors of tests give every block several rows.
 inline int multiprocessors() { return 2; }
+
+inline int chip() { return emulator::chip_number(); }
 
 inline int64_t most_shared_bytes() { return int64_t(emulator::most_shared_bytes()); }
 

@@ -9,7 +9,12 @@
 #define FASTGPT_PTX __device__ __forceinline__
 
 #if defined(__CUDACC__)
-// Hopper's instructions in sources that are also compiled for older chips, where nothing may call them.
+// Newer instructions in sources that are also compiled for older chips, where nothing may call them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define FASTGPT_SM80(...) __VA_ARGS__
+#else
+#define FASTGPT_SM80(...) __trap()
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTGPT_SM90(...) __VA_ARGS__
 #else

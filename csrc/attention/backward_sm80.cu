@@ -1,0 +1,398 @@
+// Attention's gradients on tensor cores from sm_80 on: bf16 and fp16, heads of up to 128. docs/attention.md draws it.
+//
+// A block has a tile of keys, 16 for each warp, and goes through the queries that see them, of all heads that share these
+// keys. K and V stay in shared memory, Q and d_o have two stages. What is computed is transposed, S^T = K Q^T and
+// d_o's product V d_o^T, so that a row is a key and belongs to one warp: P^T and d_s^T are then left operands of
+//
+//   d_v += P^T d_o        d_k += d_s^T Q
+//
+// as they are, in registers, and d_k and d_v stay in registers to the end. Only d_s goes through shared memory, for
+// d_q = d_s K, which sums over the keys of all warps.
+//
+// d_q sums over blocks, too. So that nothing is ever added in another order, and without atomics, there are
+// `splits` blocks for each head, each takes every splits-th tile of keys, one after the other, and adds to an fp32 d_q of
+// its own; attention_sum_queries_kernel adds these up in order. Five products, where computing S and d_o V^T again for d_q
+// alone would make seven.
+//
+// 128 keys and 64 queries: one block of 8 warps for a multiprocessor. Heads wider than 64 need 113 and 145 KB for it, and
+// 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.
+
+#include <algorithm>
+
+#include "attention/tiles.cuh"
+#include "host/launch.h"
+#include "host/multiprocessors.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int kSumThreads = 256;
+
+template <class T_, int width, int keys, int queries>
+struct BackwardTile {
+  using T = T_;
+  static constexpr int kWidth = width, kKeys = keys, kQueries = queries;
+  static constexpr int kWarps = kKeys / kPiece, kThreads = kWarps * 32;
+  // Of d_q a warp has kPiece queries and some of the columns.
+  static constexpr int kQueryParts = kQueries / kPiece, kColumns = kWidth / (kWarps / kQueryParts);
+  static_assert(kWarps % kQueryParts == 0 && kColumns % kPiece == 0);
+
+  using Keys = MatrixTile<T, kKeys, kWidth>;
+  using Queries = MatrixTile<T, kQueries, kWidth>;
+  using Scores = MatrixTile<T, kKeys, kQueries>;
+  struct Stage {
+    Queries q, d_o;
+    float lse[kQueries], delta[kQueries];
+    int doc_start[kQueries], doc_end[kQueries];
+  };
+  struct SharedMemory {
+    Keys k, v;
+    Stage stages[2];
+    Scores d_s;  // transposed
+  };
+};
+
+// Queries of a head that see some of a block's keys.
+struct Step {
+  int tile, head;
+};
+
+template <class Tile>
+using Products = float[Tile::kQueries / 8][4];  // a row is a key, a column a query
+template <class Tile>
+using Operands = uint32_t[Tile::kQueries / kPiece][4];
+
+// keys . queries^T
+template <class Tile>
+__device__ __forceinline__ void find_products(Products<Tile>& products, const typename Tile::Keys& keys,
+                                              const typename Tile::Queries& queries) {
+  const int lane_of_a = place_of_lane<typename Tile::Keys, Order::down_first>();
+  const int lane_of_b = place_of_lane<typename Tile::Queries, Order::across_first>();
+  clear(products);
+#pragma unroll
+  for (int depth = 0; depth < Tile::kWidth; depth += kPiece) {
+    uint32_t a[4];
+    load_piece(a, keys, lane_of_a, warp_of_block() * kPiece, depth);
+#pragma unroll
+    for (int query = 0; query < Tile::kQueries; query += kPiece) {
+      uint32_t b[4];
+      load_piece(b, queries, lane_of_b, query, depth);
+      multiply_piece<typename Tile::T>(products[query / 8], products[query / 8 + 1], a, b);
+    }
+  }
+}
+
+// result += weights^T . queries
+template <class Tile>
+__device__ __forceinline__ void add_weighted(float (&result)[Tile::kWidth / 8][4], const Operands<Tile>& weights,
+                                             const typename Tile::Queries& queries) {
+  const int lane_of_b = place_of_lane<typename Tile::Queries, Order::down_first>();
+#pragma unroll
+  for (int query = 0; query < Tile::kQueries; query += kPiece) {
+#pragma unroll
+    for (int column = 0; column < Tile::kWidth; column += kPiece) {
+      uint32_t b[4];
+      load_piece<true>(b, queries, lane_of_b, query, column);
+      multiply_piece<typename Tile::T>(result[column / 8], result[column / 8 + 1], weights[query / kPiece], b);
+    }
+  }
+}
+
+// P and d_s from the products S and d_o . v, as operands; d_s also to shared memory.
+template <bool masked, class Tile>
+__device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>& d_s, Products<Tile>& products,
+                                              Products<Tile>& d_p, const typename Tile::Stage& stage,
+                                              typename Tile::Scores& to, const AttentionPlan& plan,
+                                              const PowersOfTwo& powers, int first_key, int first_query, int keys) {
+  const int row = warp_of_block() * kPiece + group_of_lane();
+#pragma unroll
+  for (int i = 0; i < Tile::kQueries / 8; ++i) {
+    const int query = i * 8 + member_of_group() * 2;
+    const Vec<float, 2> lse = load<2>(&stage.lse[query]), delta = load<2>(&stage.delta[query]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      KeyRange range;
+      if (masked && in_bounds(first_query + query + e, plan.queries)) {
+        range = plan.doc_start ? keys_seen(plan, first_query + query + e, keys, stage.doc_start[query + e],
+                                           stage.doc_end[query + e])
+                               : keys_seen(plan, first_query + query + e, keys, 0, keys);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float &score = products[i][half * 2 + e], &gradient = d_p[i][half * 2 + e];
+        if (powers.capped) score = powers.tanh_of(score);
+        const bool seen = !masked || range.has(first_key + row + half * 8);
+        if (masked && range.single()) gradient = 0;  // as in delta: P is 1, whatever the score
+        const float power = exp2_approx(fmaf(score, powers.exponent, -lse.at[e] * PowersOfTwo::kLog2e));
+        const float derivative = powers.capped ? 1 - score * score : 1.0f;
+        gradient = seen ? power * (gradient - delta.at[e]) * derivative : 0.0f;
+        score = seen ? power : 0.0f;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kQueries / kPiece; ++i) {
+    pack_piece<typename Tile::T>(p[i], products[2 * i], products[2 * i + 1]);
+    pack_piece<typename Tile::T>(d_s[i], d_p[2 * i], d_p[2 * i + 1]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {  // in the order of an operand: rows first
+      *reinterpret_cast<uint32_t*>(to.at(row + e % 2 * 8, i * kPiece + e / 2 * 8 + member_of_group() * 2)) = d_s[i][e];
+    }
+  }
+}
+
+template <class Tile>
+__global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel(AttentionBackward p,
+                                                                                  PowersOfTwo powers) {
+  using T = typename Tile::T;
+  auto& shared = dynamic_shared<typename Tile::SharedMemory>();
+  const AttentionPlan& plan = p.plan;
+  const int split = int(blockIdx.x) % p.splits, of_head = int(blockIdx.x) / p.splits;
+  const int kv_head = of_head % plan.kv_heads, batch = of_head / plan.kv_heads, group = plan.heads / plan.kv_heads;
+  const int keys = keys_of(plan, batch), query_tiles = (plan.queries + Tile::kQueries - 1) / Tile::kQueries;
+
+  const int row_stride = plan.heads * plan.width;  // of d_q
+  const auto sums_of = [&](int head, int tile) {  // of this block
+    const int64_t token = (int64_t(split) * plan.batches + batch) * plan.queries + int64_t(tile) * Tile::kQueries;
+    return p.partial_d_q + token * row_stride + head * plan.width;
+  };
+  // Sums begin: whatever no tile of keys adds to is zero.
+  const auto clear_queries = [&](int tile) {
+    if (!p.d_q) return;
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      float* const to = sums_of(head, tile);
+      constexpr int kSize = Vec16<float>::kSize, kVectors = Tile::kWidth / kSize;
+#pragma unroll 1  // or its addresses take registers all through the loop below
+      for (int i = threadIdx.x; i < Tile::kQueries * kVectors; i += Tile::kThreads) {
+        const int row = i / kVectors, column = i % kVectors * kSize;
+        if (in_bounds(tile * Tile::kQueries + row, plan.queries) && in_bounds(column, plan.width)) {
+          store16(to + int64_t(row) * row_stride + column, Vec16<float>{});
+        }
+      }
+    }
+  };
+
+  int cleared = 0;  // of this block's sums those of the tiles of queries before it exist
+  for (int first_key = split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
+    KeyRange queries;
+    if (first_key < keys) queries = queries_seeing(plan, first_key, min(first_key + Tile::kKeys, keys), keys);
+    const int last_tile = queries.empty() ? 0 : (queries.end + Tile::kQueries - 1) / Tile::kQueries;
+
+    const auto seen_by = [&](int query_tile) {
+      const int first = query_tile * Tile::kQueries, rows = min(Tile::kQueries, plan.queries - first);
+      Visible seen = visible_to<Tile::kQueries>(plan, batch, first, rows, keys);
+      if (rows < Tile::kQueries) seen.all = {};  // rows past the end see nothing
+      return seen;
+    };
+    // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out.
+    const auto next_tile = [&](int from) {
+      while (plan.doc_start && from < last_tile && seen_by(from).hidden(first_key, Tile::kKeys)) {
+        if (from >= cleared) clear_queries(from);
+        ++from;
+      }
+      return Step{from, kv_head * group};
+    };
+    const auto next_step = [&](const Step& step) {
+      return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : next_tile(step.tile + 1);
+    };
+    const auto load_step = [&](typename Tile::Stage& stage, const Step& step) {
+      const int first = step.tile * Tile::kQueries, rows = plan.queries - first;
+      const auto load = [&](typename Tile::Queries& to, const ConstHeads& from) {
+        load_tile<Tile::kThreads>(to, rows_of_head<T>(from, batch, step.head, first), from.token, rows, plan.width);
+      };
+      load(stage.q, p.q);
+      load(stage.d_o, p.d_o);
+      const int row = threadIdx.x;
+      if (row < Tile::kQueries) {
+        const bool exists = in_bounds(row, rows);
+        const auto load_value = [&](void* to, const void* from, int64_t at) {
+          cp_async<4>(to, static_cast<const float*>(from) + (exists ? at : 0), exists);
+        };
+        const int64_t token = int64_t(batch) * plan.queries + first + row;
+        const int64_t of_row = (int64_t(batch) * plan.heads + step.head) * plan.queries + first + row;
+        load_value(&stage.lse[row], p.lse, of_row);
+        load_value(&stage.delta[row], p.delta, of_row);
+        if (plan.doc_start) {
+          load_value(&stage.doc_start[row], plan.doc_start, token);
+          load_value(&stage.doc_end[row], plan.doc_end, token);
+        }
+      }
+      cp_async_commit();
+    };
+
+    const int first_tile = queries.empty() ? 0 : queries.begin / Tile::kQueries;
+    for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);
+    Step step = next_tile(first_tile);
+    __syncthreads();  // everything in shared memory has been read
+    const auto load_keys = [&](typename Tile::Keys& to, const ConstHeads& from) {
+      load_tile<Tile::kThreads>(to, rows_of_head<T>(from, batch, kv_head, first_key), from.token, keys - first_key,
+                                plan.width);
+    };
+    load_keys(shared.k, p.k);
+    load_keys(shared.v, p.v);
+    if (step.tile < last_tile) load_step(shared.stages[0], step);
+
+    const int own_key = first_key + warp_of_block() * kPiece;  // the first of the warp's
+    float d_k[Tile::kWidth / 8][4], d_v[Tile::kWidth / 8][4];
+    clear(d_k);
+    clear(d_v);
+    for (int turn = 0; step.tile < last_tile; turn ^= 1) {
+      cp_async_wait<0>();
+      __syncthreads();  // this stage is there; the other one and d_s have been read
+      const Step next = next_step(step);
+      if (next.tile < last_tile) load_step(shared.stages[turn ^ 1], next);
+      const typename Tile::Stage& stage = shared.stages[turn];
+      const int first_query = step.tile * Tile::kQueries;
+      const Visible seen = seen_by(step.tile);
+
+      if (!seen.hidden(own_key, kPiece)) {
+        Products<Tile> products, d_p;
+        Operands<Tile> weights, d_s;
+        find_products<Tile>(products, shared.k, stage.q);
+        find_products<Tile>(d_p, shared.v, stage.d_o);
+        if (seen.whole(own_key, kPiece)) {
+          differentiate<false, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers, first_key,
+                                     first_query, keys);
+        } else {
+          differentiate<true, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers, first_key,
+                                    first_query, keys);
+        }
+        if (p.d_v) add_weighted<Tile>(d_v, weights, stage.d_o);
+        if (p.d_k) add_weighted<Tile>(d_k, d_s, stage.q);
+      }
+      if (p.d_q) {
+        __syncthreads();  // d_s is there
+        const int part = warp_of_block() % Tile::kQueryParts, columns = warp_of_block() / Tile::kQueryParts;
+        const int lane_of_a = place_of_lane<typename Tile::Scores, Order::across_first>();
+        const int lane_of_b = place_of_lane<typename Tile::Keys, Order::down_first>();
+        float d_q[Tile::kColumns / 8][4];
+        // f(results, where their sum is) for all that exist
+        const auto with_sums = [&](auto f) {
+          float* const sums = sums_of(step.head, step.tile);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int row = part * kPiece + half * 8 + group_of_lane();
+            const bool exists = in_bounds(first_query + row, plan.queries);
+#pragma unroll
+            for (int i = 0; i < Tile::kColumns / 8; ++i) {
+              const int column = columns * Tile::kColumns + i * 8 + member_of_group() * 2;
+              if (exists && in_bounds(column, plan.width)) f(&d_q[i][half * 2], sums + int64_t(row) * row_stride + column);
+            }
+          }
+        };
+        clear(d_q);
+        if (step.tile < cleared) {
+          with_sums([](float* results, const float* sum) {
+            const Vec<float, 2> both = load<2>(sum);
+            results[0] = both.at[0], results[1] = both.at[1];
+          });
+        }
+#pragma unroll
+        for (int key = 0; key < Tile::kKeys; key += kPiece) {
+          if (seen.hidden(first_key + key, kPiece)) continue;  // the warp of these keys has left no d_s
+          uint32_t a[4];
+          load_piece<true>(a, shared.d_s, lane_of_a, key, part * kPiece);
+#pragma unroll
+          for (int column = 0; column < Tile::kColumns; column += kPiece) {
+            uint32_t b[4];
+            load_piece<true>(b, shared.k, lane_of_b, key, columns * Tile::kColumns + column);
+            multiply_piece<T>(d_q[column / 8], d_q[column / 8 + 1], a, b);
+          }
+        }
+        with_sums([](const float* results, float* sum) { store(sum, Vec<float, 2>{results[0], results[1]}); });
+      }
+      step = next;
+    }
+    cleared = max(cleared, last_tile);
+    cp_async_wait<0>();  // of keys that nobody sees
+
+    const int64_t token = int64_t(plan.kv_heads) * plan.width;
+    const int64_t begin = (int64_t(batch) * plan.keys + own_key) * token + int64_t(kv_head) * plan.width;
+    const auto store_keys = [&](void* to, const float (&results)[Tile::kWidth / 8][4], float scale) {
+      const float scales[2] = {scale, scale};  // the warp's own rows of V have been read
+      if (to) {
+        store_results(shared.v, warp_of_block() * kPiece, results, scales, static_cast<T*>(to) + begin, token,
+                      plan.keys - own_key, plan.width);
+      }
+    };
+    store_keys(p.d_v, d_v, 1.0f);
+    store_keys(p.d_k, d_k, float(plan.scale));
+  }
+  for (; cleared < query_tiles; ++cleared) clear_queries(cleared);
+}
+
+// d_q = scale * the sum of the blocks' sums, in order. A thread has the 8 neighbours of a vector.
+template <class T>
+__global__ __launch_bounds__(kSumThreads) void attention_sum_queries_kernel(AttentionBackward p) {
+  constexpr int kSize = Vec16<T>::kSize, kHalf = Vec16<float>::kSize;
+  const int64_t count = int64_t(p.plan.batches) * p.plan.queries * p.plan.heads * p.plan.width;
+  const int64_t i = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) * kSize;
+  if (!in_bounds(i, count)) return;
+  float sums[kSize] = {};
+  for (int split = 0; split < p.splits; ++split) {
+#pragma unroll
+    for (int half = 0; half < kSize; half += kHalf) {
+      const Vec16<float> part = load16(p.partial_d_q + split * count + i + half);
+#pragma unroll
+      for (int e = 0; e < kHalf; ++e) sums[half + e] += part.at[e];
+    }
+  }
+  Vec16<T> d_q;
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) d_q.at[e] = narrow<T>(sums[e] * float(p.plan.scale));
+  store16(static_cast<T*>(p.d_q) + i, d_q);
+}
+
+// f(tile) for the tile that fits a call's width, and the chip.
+template <class T, class F>
+void with_backward_tile(int width, F f) {
+  const auto or_smaller = [&](auto large, auto small) {
+    if (int64_t(sizeof(typename decltype(large)::SharedMemory)) <= most_shared_bytes()) f(large);
+    else f(small);
+  };
+  if (width <= 64) return f(BackwardTile<T, 64, 128, 64>());
+  if (width <= 96) return or_smaller(BackwardTile<T, 96, 128, 64>(), BackwardTile<T, 96, 64, 32>());
+  return or_smaller(BackwardTile<T, 128, 128, 64>(), BackwardTile<T, 128, 64, 32>());
+}
+
+unsigned checked_blocks(int64_t blocks) {
+  if (blocks > INT_MAX) throw std::runtime_error("attention: too many blocks for one launch");
+  return unsigned(blocks);
+}
+
+template <class T>
+void launch_backward(const AttentionBackward& p, Stream stream) {
+  const AttentionPlan& plan = p.plan;
+  if (plan.batches == 0) return;
+  with_backward_tile<T>(plan.width, [&](auto tile) {
+    using Tile = decltype(tile);
+    const LaunchShape shape{dim3(checked_blocks(int64_t(p.splits) * plan.batches * plan.kv_heads)),
+                            dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
+    launch(attention_backward_sm80_kernel<Tile>, shape, p, PowersOfTwo(plan));
+  });
+  const int64_t vectors = int64_t(plan.batches) * plan.queries * plan.heads * plan.width / Vec16<T>::kSize;
+  if (!p.d_q || vectors == 0) return;
+  const LaunchShape shape{dim3(checked_blocks((vectors + kSumThreads - 1) / kSumThreads)), dim3(kSumThreads), 0, stream};
+  launch(attention_sum_queries_kernel<T>, shape, p);
+}
+
+}  // namespace
+
+int attention_backward_splits(const AttentionPlan& plan) {
+  // Blocks differ in length, and the last of them run alone: the more there are, the less it matters. What is read and
+  // written of sums is the same for any number of splits, but not the memory for them.
+  constexpr int64_t kBlocksOfMultiprocessor = 4, kMostBytes = int64_t(1) << 30;
+  constexpr int kFewestKeys = 64;  // of a tile
+  const int64_t heads = std::max(int64_t(plan.batches) * plan.kv_heads, int64_t(1));
+  const int64_t wanted = (multiprocessors() * kBlocksOfMultiprocessor + heads - 1) / heads;
+  const int64_t bytes = int64_t(plan.batches) * plan.queries * plan.heads * plan.width * int64_t(sizeof(float));
+  const int64_t tiles = (plan.keys + kFewestKeys - 1) / kFewestKeys;
+  return int(std::max(std::min({wanted, tiles, kMostBytes / std::max(bytes, int64_t(1))}), int64_t(1)));
+}
+
+void launch_attention_backward_sm80(const AttentionBackward& p, Stream stream) {
+  if (p.plan.dtype == DType::bfloat16) launch_backward<__nv_bfloat16>(p, stream);
+  else launch_backward<__half>(p, stream);
+}
+
+}  // namespace fastgpt
