@@ -26,8 +26,6 @@
 namespace fastgpt {
 namespace {
 
-constexpr int kSumThreads = 256;
-
 template <class T_, int width, int keys, int queries>
 struct BackwardTile {
   using T = T_;
@@ -175,7 +173,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
   int cleared = 0;  // of this block's sums those of the tiles of queries before it exist
   for (int first_key = split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
     KeyRange queries;
-    if (first_key < keys) queries = queries_seeing(plan, first_key, min(first_key + Tile::kKeys, keys), keys);
+    if (first_key < keys && group > 0) queries = queries_seeing(plan, first_key, min(first_key + Tile::kKeys, keys), keys);
     const int last_tile = queries.empty() ? 0 : (queries.end + Tile::kQueries - 1) / Tile::kQueries;
 
     const auto seen_by = [&](int query_tile) {
@@ -228,9 +226,11 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
       load_tile<Tile::kThreads>(to, rows_of_head<T>(from, batch, kv_head, first_key), from.token, keys - first_key,
                                 plan.width);
     };
-    load_keys(shared.k, p.k);
-    load_keys(shared.v, p.v);
-    if (step.tile < last_tile) load_step(shared.stages[0], step);
+    if (step.tile < last_tile) {
+      load_keys(shared.k, p.k);
+      load_keys(shared.v, p.v);
+      load_step(shared.stages[0], step);
+    }
 
     const int own_key = first_key + warp_of_block() * kPiece;  // the first of the warp's
     float d_k[Tile::kWidth / 8][4], d_v[Tile::kWidth / 8][4];
@@ -304,7 +304,6 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
       step = next;
     }
     cleared = max(cleared, last_tile);
-    cp_async_wait<0>();  // of keys that nobody sees
 
     const int64_t token = int64_t(plan.kv_heads) * plan.width;
     const int64_t begin = (int64_t(batch) * plan.keys + own_key) * token + int64_t(kv_head) * plan.width;
@@ -321,26 +320,24 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
   for (; cleared < query_tiles; ++cleared) clear_queries(cleared);
 }
 
-// d_q = scale * the sum of the blocks' sums, in order. A thread has the 8 neighbours of a vector.
+constexpr int kSumThreads = 256, kSumSize = Vec16<float>::kSize;
+
+// d_q = scale * the sum of the blocks' sums, in order.
 template <class T>
 __global__ __launch_bounds__(kSumThreads) void attention_sum_queries_kernel(AttentionBackward p) {
-  constexpr int kSize = Vec16<T>::kSize, kHalf = Vec16<float>::kSize;
   const int64_t count = int64_t(p.plan.batches) * p.plan.queries * p.plan.heads * p.plan.width;
-  const int64_t i = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) * kSize;
+  const int64_t i = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) * kSumSize;
   if (!in_bounds(i, count)) return;
-  float sums[kSize] = {};
-  for (int split = 0; split < p.splits; ++split) {
+  Vec16<float> sums = load16(p.partial_d_q + i);
+  for (int split = 1; split < p.splits; ++split) {
+    const Vec16<float> more = load16(p.partial_d_q + split * count + i);
 #pragma unroll
-    for (int half = 0; half < kSize; half += kHalf) {
-      const Vec16<float> part = load16(p.partial_d_q + split * count + i + half);
-#pragma unroll
-      for (int e = 0; e < kHalf; ++e) sums[half + e] += part.at[e];
-    }
+    for (int e = 0; e < kSumSize; ++e) sums.at[e] += more.at[e];
   }
-  Vec16<T> d_q;
+  Vec<T, kSumSize> d_q;
 #pragma unroll
-  for (int e = 0; e < kSize; ++e) d_q.at[e] = narrow<T>(sums[e] * float(p.plan.scale));
-  store16(static_cast<T*>(p.d_q) + i, d_q);
+  for (int e = 0; e < kSumSize; ++e) d_q.at[e] = narrow<T>(sums.at[e] * float(p.plan.scale));
+  store(static_cast<T*>(p.d_q) + i, d_q);
 }
 
 // f(tile) for the tile that fits a call's width, and the chip.
@@ -370,7 +367,7 @@ void launch_backward(const AttentionBackward& p, Stream stream) {
                             dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_backward_sm80_kernel<Tile>, shape, p, PowersOfTwo(plan));
   });
-  const int64_t vectors = int64_t(plan.batches) * plan.queries * plan.heads * plan.width / Vec16<T>::kSize;
+  const int64_t vectors = int64_t(plan.batches) * plan.queries * plan.heads * plan.width / kSumSize;
   if (!p.d_q || vectors == 0) return;
   const LaunchShape shape{dim3(checked_blocks((vectors + kSumThreads - 1) / kSumThreads)), dim3(kSumThreads), 0, stream};
   launch(attention_sum_queries_kernel<T>, shape, p);

@@ -27,7 +27,7 @@ __device__ __forceinline__ int member_of_group() { return threadIdx.x % 4; }
 
 // rows x width elements of 2 bytes. Columns come in panels as wide as all 32 banks, or half of them; within a panel the
 // place of a row's vectors of 16 bytes is turned by the row's number (xor), so that the same column of 8 neighbouring rows,
-// which is what ldmatrix reads at a time, lies in 8 different groups of banks; and so do the vectors of one row.
+// which is what ldmatrix reads at a time, lies in 8 different groups of banks; and so do the vectors of a panel's line.
 template <class T_, int rows, int width>
 struct alignas(128) MatrixTile {
   using T = T_;
@@ -43,6 +43,16 @@ struct alignas(128) MatrixTile {
   }
   __device__ __forceinline__ T* at(int row, int column) { return elements + place(row, column); }
 };
+
+// f(row, column) for all vectors of `count` rows, those of `threads` threads at a time, of which this is number `thread`.
+// Neighbours have those of a panel's line. (Not unrolled: the addresses would take registers from accumulators.)
+template <class Tile, int count, int threads, class F>
+__device__ __forceinline__ void for_each_vector(int thread, F f) {
+#pragma unroll 1
+  for (int i = thread; i < count * (Tile::kWidth / Tile::kVector); i += threads) {
+    f(i / Tile::kVectors % count, i / (Tile::kVectors * count) * Tile::kPanel + i % Tile::kVectors * Tile::kVector);
+  }
+}
 
 // The order of a piece's four 8x8 matrices in the registers that ldmatrix fills.
 enum class Order { down_first, across_first };
@@ -116,18 +126,14 @@ __device__ __forceinline__ const T* rows_of_head(const ConstHeads& heads, int ba
          int64_t(first_row) * heads.token;
 }
 
-// Starts copies of `count` rows of `width` elements, zeros elsewhere. By all threads of a block. (Loops here and below are
-// not unrolled: their addresses would take registers from accumulators.)
+// Starts copies of `count` rows of `width` elements, zeros elsewhere. By all threads of a block.
 template <int threads, class Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const typename Tile::T* from, int64_t stride, int count,
                                           int width) {
-  constexpr int kVectors = Tile::kWidth / Tile::kVector;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kRows * kVectors; i += threads) {
-    const int row = i / kVectors, column = i % kVectors * Tile::kVector;
+  for_each_vector<Tile, Tile::kRows, threads>(threadIdx.x, [&](int row, int column) {
     const bool inside = in_bounds(row, count) && in_bounds(column, width);
     cp_async(tile.at(row, column), inside ? from + row * stride + column : from, inside);
-  }
+  });
 }
 
 // Rounds a warp's results of 16 rows and stores `count` of these rows, `width` columns, to `to`: by way of rows
@@ -149,14 +155,11 @@ __device__ __forceinline__ void store_results(Tile& tile, int first_row, const f
     }
   }
   __syncwarp();
-  constexpr int kVectors = Tile::kWidth / Tile::kVector;
-#pragma unroll 1
-  for (int i = lane_of_warp(); i < kPiece * kVectors; i += 32) {
-    const int row = i / kVectors, column = i % kVectors * Tile::kVector;
+  for_each_vector<Tile, kPiece, 32>(lane_of_warp(), [&](int row, int column) {
     if (in_bounds(row, count) && in_bounds(column, width)) {
       store16(to + row * stride + column, load16(tile.at(first_row + row, column)));
     }
-  }
+  });
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------
