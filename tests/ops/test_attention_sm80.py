@@ -269,7 +269,7 @@ def test_paths_agree() -> None:
 
 def test_strides_are_taken_as_they_are() -> None:
     """Views of one projection, tokens and heads in another order, stride 0 of expand(); gradients of any strides."""
-    q, k, v = inputs(2, 70, 70, 4, 2, 16, BF16)
+    q, k, v = inputs(2, 33, 33, 4, 2, 16, BF16)
     expected = outputs_and_gradients(attention, [q, k, v])  # its gradient from upstream is full of gaps
     packed = torch.cat([q, k, v], 2)
     views = [
@@ -309,7 +309,7 @@ def test_a_head_may_lie_beyond_two_billion_elements() -> None:
 @pytest.mark.parametrize("chip", ["sm_80", SMALL])
 def test_bitwise_the_same_over_schedules(chip: str) -> None:
     """Fixed orders and no atomics."""
-    arguments = inputs(2, 150, 150, 4, 2, 72, BF16)
+    arguments = inputs(1, 150, 150, 2, 1, 72, BF16)
     runs = []
     for seed in (1, 2, 3):
         with native.emulated(chip=chip, seed=seed):
@@ -373,7 +373,7 @@ def test_no_bank_conflicts_and_whole_sectors(D: int, chip: str) -> None:
 
 def test_what_the_masks_hide_is_not_read() -> None:
     """Of 1280 keys a window of 9 leaves a tile or two for each tile of queries, and a document as much."""
-    arguments = inputs(1, 1280, 1280, 1, 1, 8, BF16)
+    arguments = inputs(1, 1280, 1280, 1, 1, 64, BF16)
     bounds = document_bounds(torch.arange(0, 1280, 10), 1, 1280)
     counted = {}
     for name, masks in {
