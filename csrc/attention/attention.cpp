@@ -243,6 +243,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
     partial_d_q = empty(q, {p.splits, q.size(0), q.size(1), q.size(2), q.size(3)}, ScalarType::Float);
     p.partial_d_q = static_cast<float*>(call.out(*partial_d_q, "partial_d_q"));
   }
+  OptionalTensor visible;
+  if (p.plan.doc_start) {
+    visible = empty(q, {q.size(0), (q.size(1) + kFewestSm80Queries - 1) / kFewestSm80Queries, 4}, ScalarType::Int);
+    p.visible = static_cast<int32_t*>(call.out(*visible, "visible"));
+  }
   launch_attention_backward_sm80(p, call.stream());
   return {d_q, d_k, d_v};
 }

@@ -43,6 +43,7 @@ struct AttentionBackward {
   // Of the sm_80 path alone: what attention_backward_splits said, and a workspace where d_q is wanted.
   int splits = 1;
   float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)
+  int32_t* visible = nullptr;    // (B, ceil(Tq / kFewestSm80Queries), 4): workspace where there are documents
 };
 
 // generic: any dtype, width and alignment. decode: few queries against many keys. sm80: tensor cores, 16 bits.
@@ -55,6 +56,7 @@ constexpr int kWidestDecodeHead = 512;  // bytes: one vector for each lane of a 
 
 // What the sm_80 path serves: heads of up to this width, rows that begin at multiples of 16 bytes.
 constexpr int kWidestSm80Head = 128;
+constexpr int kFewestSm80Queries = 32;  // of a tile of the backward
 bool attention_sm80_serves_chip();  // the current device
 
 // Over how many blocks the backward on the sm_80 path splits the keys of a head.

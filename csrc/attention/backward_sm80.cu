@@ -18,6 +18,7 @@
 // 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention/tiles.cuh"
 #include "host/launch.h"
@@ -26,14 +27,18 @@
 namespace fastgpt {
 namespace {
 
+constexpr int kThreadsOfVisible = 128;
+
 template <class T_, int width, int keys, int queries>
 struct BackwardTile {
   using T = T_;
   static constexpr int kWidth = width, kKeys = keys, kQueries = queries;
   static constexpr int kWarps = kKeys / kPiece, kThreads = kWarps * 32;
+  // Of how many queries a warp has S and d_p at a time: all of them beside a wide d_k and d_v would spill.
+  static constexpr int kAtATime = width > 96 ? 32 : kQueries;
   // Of d_q a warp has kPiece queries and some of the columns.
   static constexpr int kQueryParts = kQueries / kPiece, kColumns = kWidth / (kWarps / kQueryParts);
-  static_assert(kWarps % kQueryParts == 0 && kColumns % kPiece == 0);
+  static_assert(kWarps % kQueryParts == 0 && kColumns % kPiece == 0 && kQueries >= kFewestSm80Queries);
 
   using Keys = MatrixTile<T, kKeys, kWidth>;
   using Queries = MatrixTile<T, kQueries, kWidth>;
@@ -56,14 +61,34 @@ struct Step {
 };
 
 template <class Tile>
-using Products = float[Tile::kQueries / 8][4];  // a row is a key, a column a query
+using Products = float[Tile::kAtATime / 8][4];  // a row is a key, a column a query
 template <class Tile>
-using Operands = uint32_t[Tile::kQueries / kPiece][4];
+using Operands = uint32_t[Tile::kAtATime / kPiece][4];
 
-// keys . queries^T
+// Of a tile of queries, by attention_visible_kernel.
+__device__ __forceinline__ Visible load_visible(const AttentionBackward& p, int batch, int tiles, int tile) {
+  const Vec<int32_t, 4> found = load<4>(p.visible + (int64_t(batch) * tiles + tile) * 4);
+  return {{found.at[0], found.at[1]}, {found.at[2], found.at[3]}};
+}
+
+// What each tile of queries sees where there are documents, once: every block asks for every tile. A warp for each.
+template <int queries>
+__global__ __launch_bounds__(kThreadsOfVisible) void attention_visible_kernel(AttentionBackward p) {
+  const AttentionPlan& plan = p.plan;
+  const int tiles = (plan.queries + queries - 1) / queries;
+  const int64_t warp = int64_t(blockIdx.x) * (kThreadsOfVisible / 32) + warp_of_block();
+  if (!in_bounds(warp, int64_t(plan.batches) * tiles)) return;
+  const int batch = int(warp / tiles), first = int(warp % tiles) * queries;
+  const Visible seen = visible_to<queries>(plan, batch, first, min(queries, plan.queries - first), plan.keys);
+  if (lane_of_warp() == 0) {
+    store(p.visible + warp * 4, Vec<int32_t, 4>{seen.some.begin, seen.some.end, seen.all.begin, seen.all.end});
+  }
+}
+
+// keys . queries^T, of queries from `first` on.
 template <class Tile>
 __device__ __forceinline__ void find_products(Products<Tile>& products, const typename Tile::Keys& keys,
-                                              const typename Tile::Queries& queries) {
+                                              const typename Tile::Queries& queries, int first) {
   const int lane_of_a = place_of_lane<typename Tile::Keys, Order::down_first>();
   const int lane_of_b = place_of_lane<typename Tile::Queries, Order::across_first>();
   clear(products);
@@ -72,48 +97,51 @@ __device__ __forceinline__ void find_products(Products<Tile>& products, const ty
     uint32_t a[4];
     load_piece(a, keys, lane_of_a, warp_of_block() * kPiece, depth);
 #pragma unroll
-    for (int query = 0; query < Tile::kQueries; query += kPiece) {
+    for (int query = 0; query < Tile::kAtATime; query += kPiece) {
       uint32_t b[4];
-      load_piece(b, queries, lane_of_b, query, depth);
+      load_piece(b, queries, lane_of_b, first + query, depth);
       multiply_piece<typename Tile::T>(products[query / 8], products[query / 8 + 1], a, b);
     }
   }
 }
 
-// result += weights^T . queries
+// result += weights^T . queries, likewise.
 template <class Tile>
 __device__ __forceinline__ void add_weighted(float (&result)[Tile::kWidth / 8][4], const Operands<Tile>& weights,
-                                             const typename Tile::Queries& queries) {
+                                             const typename Tile::Queries& queries, int first) {
   const int lane_of_b = place_of_lane<typename Tile::Queries, Order::down_first>();
 #pragma unroll
-  for (int query = 0; query < Tile::kQueries; query += kPiece) {
+  for (int query = 0; query < Tile::kAtATime; query += kPiece) {
 #pragma unroll
     for (int column = 0; column < Tile::kWidth; column += kPiece) {
       uint32_t b[4];
-      load_piece<true>(b, queries, lane_of_b, query, column);
+      load_piece<true>(b, queries, lane_of_b, first + query, column);
       multiply_piece<typename Tile::T>(result[column / 8], result[column / 8 + 1], weights[query / kPiece], b);
     }
   }
 }
 
-// P and d_s from the products S and d_o . v, as operands; d_s also to shared memory.
+// P and d_s from the products S and d_o . v, as operands; d_s also to shared memory. The first query is number `from` of the
+// tile, whose first is first_query.
 template <bool masked, class Tile>
 __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>& d_s, Products<Tile>& products,
                                               Products<Tile>& d_p, const typename Tile::Stage& stage,
                                               typename Tile::Scores& to, const AttentionPlan& plan,
-                                              const PowersOfTwo& powers, int first_key, int first_query, int keys) {
+                                              const PowersOfTwo& powers, int first_key, int first_query, int from,
+                                              int keys) {
   const int row = warp_of_block() * kPiece + group_of_lane();
 #pragma unroll
-  for (int i = 0; i < Tile::kQueries / 8; ++i) {
-    const int query = i * 8 + member_of_group() * 2;
-    const Vec<float, 2> lse = load<2>(&stage.lse[query]), delta = load<2>(&stage.delta[query]);
+  for (int i = 0; i < Tile::kAtATime / 8; ++i) {
+    const int in_tile = from + i * 8 + member_of_group() * 2;
+    const Vec<float, 2> lse = load<2>(&stage.lse[in_tile]), delta = load<2>(&stage.delta[in_tile]);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       KeyRange range;
-      if (masked && in_bounds(first_query + query + e, plan.queries)) {
-        range = plan.doc_start ? keys_seen(plan, first_query + query + e, keys, stage.doc_start[query + e],
-                                           stage.doc_end[query + e])
-                               : keys_seen(plan, first_query + query + e, keys, 0, keys);
+      const int query = first_query + in_tile + e;
+      if (masked && in_bounds(query, plan.queries)) {
+        range = plan.doc_start
+                    ? keys_seen(plan, query, keys, stage.doc_start[in_tile + e], stage.doc_end[in_tile + e])
+                    : keys_seen(plan, query, keys, 0, keys);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -129,12 +157,13 @@ __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>&
     }
   }
 #pragma unroll
-  for (int i = 0; i < Tile::kQueries / kPiece; ++i) {
+  for (int i = 0; i < Tile::kAtATime / kPiece; ++i) {
     pack_piece<typename Tile::T>(p[i], products[2 * i], products[2 * i + 1]);
     pack_piece<typename Tile::T>(d_s[i], d_p[2 * i], d_p[2 * i + 1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {  // in the order of an operand: rows first
-      *reinterpret_cast<uint32_t*>(to.at(row + e % 2 * 8, i * kPiece + e / 2 * 8 + member_of_group() * 2)) = d_s[i][e];
+      const int column = from + i * kPiece + e / 2 * 8 + member_of_group() * 2;
+      *reinterpret_cast<uint32_t*>(to.at(row + e % 2 * 8, column)) = d_s[i][e];
     }
   }
 }
@@ -178,17 +207,26 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
 
     const auto seen_by = [&](int query_tile) {
       const int first = query_tile * Tile::kQueries, rows = min(Tile::kQueries, plan.queries - first);
-      Visible seen = visible_to<Tile::kQueries>(plan, batch, first, rows, keys);
+      Visible seen = plan.doc_start ? load_visible(p, batch, query_tiles, query_tile)
+                                    : visible_to<Tile::kQueries>(plan, batch, first, rows, keys);
       if (rows < Tile::kQueries) seen.all = {};  // rows past the end see nothing
       return seen;
     };
-    // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out.
+    // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out: each lane
+    // looks at one.
     const auto next_tile = [&](int from) {
-      while (plan.doc_start && from < last_tile && seen_by(from).hidden(first_key, Tile::kKeys)) {
-        if (from >= cleared) clear_queries(from);
-        ++from;
+      int found = from;
+      while (plan.doc_start && found < last_tile) {
+        const int tile = found + lane_of_warp();
+        const bool sees = in_bounds(tile, last_tile) &&
+                          !load_visible(p, batch, query_tiles, tile).hidden(first_key, Tile::kKeys);
+        const unsigned which = __ballot_sync(0xffffffffu, sees);
+        found += which ? __ffs(int(which)) - 1 : 32;
+        if (which) break;
       }
-      return Step{from, kv_head * group};
+      found = min(found, last_tile);
+      for (int tile = max(from, cleared); tile < found; ++tile) clear_queries(tile);
+      return Step{found, kv_head * group};
     };
     const auto next_step = [&](const Step& step) {
       return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : next_tile(step.tile + 1);
@@ -246,19 +284,21 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
       const Visible seen = seen_by(step.tile);
 
       if (!seen.hidden(own_key, kPiece)) {
-        Products<Tile> products, d_p;
-        Operands<Tile> weights, d_s;
-        find_products<Tile>(products, shared.k, stage.q);
-        find_products<Tile>(d_p, shared.v, stage.d_o);
-        if (seen.whole(own_key, kPiece)) {
-          differentiate<false, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers, first_key,
-                                     first_query, keys);
-        } else {
-          differentiate<true, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers, first_key,
-                                    first_query, keys);
+#pragma unroll 1
+        for (int from = 0; from < Tile::kQueries; from += Tile::kAtATime) {
+          Products<Tile> products, d_p;
+          Operands<Tile> weights, d_s;
+          find_products<Tile>(products, shared.k, stage.q, from);
+          find_products<Tile>(d_p, shared.v, stage.d_o, from);
+          const auto differentiated = [&](auto masked) {
+            differentiate<decltype(masked)::value, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers,
+                                                         first_key, first_query, from, keys);
+          };
+          if (seen.whole(own_key, kPiece)) differentiated(std::false_type());
+          else differentiated(std::true_type());
+          if (p.d_v) add_weighted<Tile>(d_v, weights, stage.d_o, from);
+          if (p.d_k) add_weighted<Tile>(d_k, d_s, stage.q, from);
         }
-        if (p.d_v) add_weighted<Tile>(d_v, weights, stage.d_o);
-        if (p.d_k) add_weighted<Tile>(d_k, d_s, stage.q);
       }
       if (p.d_q) {
         __syncthreads();  // d_s is there
@@ -363,6 +403,12 @@ void launch_backward(const AttentionBackward& p, Stream stream) {
   if (plan.batches == 0) return;
   with_backward_tile<T>(plan.width, [&](auto tile) {
     using Tile = decltype(tile);
+    if (plan.doc_start && plan.queries > 0) {
+      const int64_t warps = int64_t(plan.batches) * ((plan.queries + Tile::kQueries - 1) / Tile::kQueries);
+      const LaunchShape shape{dim3(checked_blocks((warps * 32 + kThreadsOfVisible - 1) / kThreadsOfVisible)),
+                              dim3(kThreadsOfVisible), 0, stream};
+      launch(attention_visible_kernel<Tile::kQueries>, shape, p);
+    }
     const LaunchShape shape{dim3(checked_blocks(int64_t(p.splits) * plan.batches * plan.kv_heads)),
                             dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_backward_sm80_kernel<Tile>, shape, p, PowersOfTwo(plan));
