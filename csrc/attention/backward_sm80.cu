@@ -107,7 +107,7 @@ __device__ __forceinline__ void find_products(Products<Tile>& products, const ty
 
 // result += weights^T . queries, likewise.
 template <class Tile>
-__device__ __forceinline__ void add_weighted(float (&result)[Tile::kWidth / 8][4], const Operands<Tile>& weights,
+__device__ __forceinline__ void add_queries(float (&result)[Tile::kWidth / 8][4], const Operands<Tile>& weights,
                                              const typename Tile::Queries& queries, int first) {
   const int lane_of_b = place_of_lane<typename Tile::Queries, Order::down_first>();
 #pragma unroll
@@ -137,11 +137,10 @@ __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>&
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       KeyRange range;
-      const int query = first_query + in_tile + e;
-      if (masked && in_bounds(query, plan.queries)) {
-        range = plan.doc_start
-                    ? keys_seen(plan, query, keys, stage.doc_start[in_tile + e], stage.doc_end[in_tile + e])
-                    : keys_seen(plan, query, keys, 0, keys);
+      if (masked) {
+        int doc_start = 0, doc_end = keys;
+        if (plan.doc_start) doc_start = stage.doc_start[in_tile + e], doc_end = stage.doc_end[in_tile + e];
+        range = keys_seen(plan, first_query + in_tile + e, keys, doc_start, doc_end);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -192,7 +191,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
 #pragma unroll 1  // or its addresses take registers all through the loop below
       for (int i = threadIdx.x; i < Tile::kQueries * kVectors; i += Tile::kThreads) {
         const int row = i / kVectors, column = i % kVectors * kSize;
-        if (in_bounds(tile * Tile::kQueries + row, plan.queries) && in_bounds(column, plan.width)) {
+        const bool exists = in_bounds(tile * Tile::kQueries + row, plan.queries);
+        if (exists && in_bounds(column, plan.width)) {
           store16(to + int64_t(row) * row_stride + column, Vec16<float>{});
         }
       }
@@ -207,10 +207,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
 
     const auto seen_by = [&](int query_tile) {
       const int first = query_tile * Tile::kQueries, rows = min(Tile::kQueries, plan.queries - first);
-      Visible seen = plan.doc_start ? load_visible(p, batch, query_tiles, query_tile)
-                                    : visible_to<Tile::kQueries>(plan, batch, first, rows, keys);
-      if (rows < Tile::kQueries) seen.all = {};  // rows past the end see nothing
-      return seen;
+      return plan.doc_start ? load_visible(p, batch, query_tiles, query_tile)
+                            : visible_by_position(plan, first, rows, keys);
     };
     // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out: each lane
     // looks at one.
@@ -231,6 +229,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
     const auto next_step = [&](const Step& step) {
       return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : next_tile(step.tile + 1);
     };
+    // Rows past the end become zeros, and add nothing: P is 1, but Q, d_o and delta are 0.
     const auto load_step = [&](typename Tile::Stage& stage, const Step& step) {
       const int first = step.tile * Tile::kQueries, rows = plan.queries - first;
       const auto load = [&](typename Tile::Queries& to, const ConstHeads& from) {
@@ -296,8 +295,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
           };
           if (seen.whole(own_key, kPiece)) differentiated(std::false_type());
           else differentiated(std::true_type());
-          if (p.d_v) add_weighted<Tile>(d_v, weights, stage.d_o, from);
-          if (p.d_k) add_weighted<Tile>(d_k, d_s, stage.q, from);
+          if (p.d_v) add_queries<Tile>(d_v, weights, stage.d_o, from);
+          if (p.d_k) add_queries<Tile>(d_k, d_s, stage.q, from);
         }
       }
       if (p.d_q) {

@@ -131,7 +131,8 @@ template <int threads, class Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const typename Tile::T* from, int64_t stride, int count,
                                           int width) {
   for_each_vector<Tile, Tile::kRows, threads>(threadIdx.x, [&](int row, int column) {
-    const bool inside = in_bounds(row, count) && in_bounds(column, width);
+    const bool row_exists = in_bounds(row, count);
+    const bool inside = row_exists && in_bounds(column, width);
     cp_async(tile.at(row, column), inside ? from + row * stride + column : from, inside);
   });
 }
@@ -156,7 +157,8 @@ __device__ __forceinline__ void store_results(Tile& tile, int first_row, const f
   }
   __syncwarp();
   for_each_vector<Tile, kPiece, 32>(lane_of_warp(), [&](int row, int column) {
-    if (in_bounds(row, count) && in_bounds(column, width)) {
+    const bool exists = in_bounds(row, count);
+    if (exists && in_bounds(column, width)) {
       store16(to + row * stride + column, load16(tile.at(first_row + row, column)));
     }
   });
@@ -174,23 +176,27 @@ struct Visible {
   }
 };
 
-// Of `count` queries from `first` on, at most `most`. Needs all lanes of the warp.
+// Of `count` queries from `first` on, where there are no documents: the first sees the least at the end, and the last at
+// the beginning.
+__device__ __forceinline__ Visible visible_by_position(const AttentionPlan& plan, int first, int count, int keys) {
+  const int first_position = first + keys - plan.queries, last_position = first_position + count - 1;
+  KeyRange some{0, keys};
+  Visible seen{{}, some};
+  if (plan.causal) some.end = min(keys, last_position + 1), seen.all.end = min(keys, first_position + 1);
+  if (plan.window >= 0) {
+    some.begin = max(0, first_position - plan.window);
+    seen.all.begin = max(0, last_position - plan.window);
+  }
+  if (!some.empty()) seen.some = some;
+  return seen;
+}
+
+// Likewise of at most `most` queries, with documents or without. Needs all lanes of the warp.
 template <int most>
 __device__ __forceinline__ Visible visible_to(const AttentionPlan& plan, int batch, int first, int count, int keys) {
+  if (count <= 0) return {{}, {}};
+  if (!plan.doc_start) return visible_by_position(plan, first, count, keys);
   Visible seen;
-  if (count <= 0) return seen;
-  if (!plan.doc_start) {  // the first sees the least at the end, and the last at the beginning
-    const int offset = keys - plan.queries, first_position = first + offset, last_position = first_position + count - 1;
-    KeyRange some{0, keys};
-    seen.all.end = keys;
-    if (plan.causal) some.end = min(keys, last_position + 1), seen.all.end = min(keys, first_position + 1);
-    if (plan.window >= 0) {
-      some.begin = max(0, first_position - plan.window);
-      seen.all.begin = max(0, last_position - plan.window);
-    }
-    if (!some.empty()) seen.some = some;
-    return seen;
-  }
   for (int i = lane_of_warp(); i < most; i += 32) {
     if (!in_bounds(i, count)) break;
     const KeyRange range = keys_seen(plan, batch, first + i, keys);

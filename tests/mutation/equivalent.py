@@ -26,6 +26,12 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
             "grad_norm_kernel: sum_over<kFinalThreads>(sums);",
         )
     },
+    (
+        "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
+        "const bool exists = in_bounds(tile * Tile::kQueries + row, plan.queries);",
+        "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
+        "for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);",
+    ): "queries that see something follow on those of a gap, so all of these exist; the helper has other callers",
 }
 
 # Kinds of sites that order nothing in the emulator by themselves (docs/emulator.md, "What it cannot show").

@@ -1,5 +1,6 @@
 """attention: the generic path in each tile, with rows, columns and widths that do not fill it, documents, and blocks
-that come to a second tile; decoding of one row and of many, split and whole."""
+that come to a second tile; decoding of one row and of many, split and whole; tensor cores in each tile, likewise, with
+blocks that come to further tiles of keys and of queries."""
 
 from __future__ import annotations
 
@@ -37,10 +38,37 @@ def decoding(Tq: int, Tk: int, heads: tuple[int, int], D: int, dtype: torch.dtyp
     return Scenario(f"decoding of {Tq} over {Tk}, {heads} heads of {D} in {dtype}", run)
 
 
+def tensor_cores(
+    T: int, heads: tuple[int, int], D: int, *, chip: str = "sm_80", batches: int = 1, documents: int = 0
+) -> Scenario:
+    """Forward and backward of the last T - 3 tokens against all, or on documents."""
+
+    def run() -> list[Tensor]:
+        q, k, v = (randn(batches, T, h, D, dtype=torch.bfloat16, seed=h) for h in (heads[0], heads[1], heads[1]))
+        options = {}
+        if documents:
+            bounds = ops.document_bounds(torch.arange(0, T, documents), batches, T)
+            options = dict(zip(("doc_start", "doc_end"), bounds, strict=True))
+        else:
+            q = q[:, 3:]
+        return outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True, **options), [q, k, v])
+
+    what = "documents" if documents else "tokens"
+    return Scenario(f"attention of {batches} x {T} {what} on tensor cores, {heads} heads of {D}, {chip}", run, chip)
+
+
 SCENARIOS = [
     attention(70, (2, 1), 5, torch.bfloat16),
     attention(9, (1, 1), 70, torch.float32),  # two steps of the products, two chunks of a result
     attention(97, (1, 1), 3, torch.float64, cut=32),  # tiles of queries that a tile of keys passes over
     decoding(1, 70, (1, 1), 24, torch.bfloat16),
     decoding(3, 513, (3, 1), 8, torch.float32),  # two splits, two groups of rows
+    tensor_cores(80, (1, 1), 56),
+    tensor_cores(80, (1, 1), 88),
+    tensor_cores(40, (2, 1), 120),
+    tensor_cores(70, (1, 1), 120, chip="sm_86"),
+    tensor_cores(70, (1, 1), 88, chip="sm_86"),
+    tensor_cores(140, (1, 1), 8, batches=8),  # one block for each head, and two tiles of keys
+    tensor_cores(140, (1, 1), 8, batches=8, documents=70),
+    tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
 ]
