@@ -170,6 +170,7 @@ __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>&
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel(AttentionBackward p,
                                                                                   PowersOfTwo powers) {
+  if (!kForSm80) return __trap();
   using T = typename Tile::T;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;

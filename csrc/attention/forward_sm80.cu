@@ -183,6 +183,7 @@ __device__ __forceinline__ void add_values(Rows<Tile>& rows, const Scores<Tile>&
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads) void attention_forward_sm80_kernel(AttentionForward p,
                                                                                  PowersOfTwo powers) {
+  if (!kForSm80) return __trap();
   using T = typename Tile::T;
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   const AttentionPlan& plan = p.plan;

@@ -9,15 +9,22 @@
 #define FASTGPT_PTX __device__ __forceinline__
 
 #if defined(__CUDACC__)
-// Newer instructions in sources that are also compiled for older chips, where nothing may call them.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define FASTGPT_SM80(...) __VA_ARGS__
-#else
-#define FASTGPT_SM80(...) __trap()
-#endif
+// Hopper's instructions in sources that are also compiled for older chips, where nothing may call them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTGPT_SM90(...) __VA_ARGS__
 #else
 #define FASTGPT_SM90(...) __trap()
 #endif
 #endif
+
+namespace fastgpt {
+
+// Whether what is being compiled is for a chip with sm_80's instructions. A kernel that needs them ends where it is false,
+// so that no time is spent on the rest.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kForSm80 = false;
+#else
+constexpr bool kForSm80 = true;
+#endif
+
+}  // namespace fastgpt
