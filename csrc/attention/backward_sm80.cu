@@ -1,7 +1,7 @@
 // Attention's gradients on tensor cores from sm_80 on: bf16 and fp16, heads of up to 128. docs/attention.md draws it.
 //
-// A block has a tile of keys, 16 for each warp, and goes through the queries that see them, of all heads that share these
-// keys. K and V stay in shared memory, Q and d_o have two stages. What is computed is transposed, S^T = K Q^T and
+// A block has a tile of keys, 16 for each warp, and goes through the queries that see them, of all heads that share
+// these keys. K and V stay in shared memory, Q and d_o have two stages. What is computed is transposed, S^T = K Q^T and
 // d_o's product V d_o^T, so that a row is a key and belongs to one warp: P^T and d_s^T are then left operands of
 //
 //   d_v += P^T d_o        d_k += d_s^T Q
@@ -9,13 +9,13 @@
 // as they are, in registers, and d_k and d_v stay in registers to the end. Only d_s goes through shared memory, for
 // d_q = d_s K, which sums over the keys of all warps.
 //
-// d_q sums over blocks, too. So that nothing is ever added in another order, and without atomics, there are
-// `splits` blocks for each head, each takes every splits-th tile of keys, one after the other, and adds to an fp32 d_q of
-// its own; attention_sum_queries_kernel adds these up in order. Five products, where computing S and d_o V^T again for d_q
+// d_q sums over blocks, too. So that nothing is ever added in another order, and without atomics, there are `splits`
+// blocks for each head, each takes every splits-th tile of keys, one after the other, and adds to an fp32 d_q of its
+// own; attention_sum_queries_kernel adds these up in order. Five products, where computing S and d_o V^T again for d_q
 // alone would make seven.
 //
-// 128 keys and 64 queries: one block of 8 warps for a multiprocessor. Heads wider than 64 need 113 and 145 KB for it, and
-// 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.
+// 128 keys and 64 queries: one block of 8 warps for a multiprocessor. Heads wider than 64 need 114 and 146 KB for it,
+// and 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.
 
 #include <algorithm>
 #include <type_traits>
@@ -121,8 +121,8 @@ __device__ __forceinline__ void add_queries(float (&result)[Tile::kWidth / 8][4]
   }
 }
 
-// P and d_s from the products S and d_o . v, as operands; d_s also to shared memory. The first query is number `from` of the
-// tile, whose first is first_query.
+// P and d_s from the products S and d_o . v, as operands; d_s also to shared memory. The first query is number `from`
+// of the tile, whose first is first_query.
 template <bool masked, class Tile>
 __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>& d_s, Products<Tile>& products,
                                               Products<Tile>& d_p, const typename Tile::Stage& stage,
@@ -203,7 +203,9 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
   int cleared = 0;  // of this block's sums those of the tiles of queries before it exist
   for (int first_key = split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
     KeyRange queries;
-    if (first_key < keys && group > 0) queries = queries_seeing(plan, first_key, min(first_key + Tile::kKeys, keys), keys);
+    if (first_key < keys && group > 0) {
+      queries = queries_seeing(plan, first_key, min(first_key + Tile::kKeys, keys), keys);
+    }
     const int last_tile = queries.empty() ? 0 : (queries.end + Tile::kQueries - 1) / Tile::kQueries;
 
     const auto seen_by = [&](int query_tile) {
@@ -211,8 +213,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
       return plan.doc_start ? load_visible(p, batch, query_tiles, query_tile)
                             : visible_by_position(plan, first, rows, keys);
     };
-    // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out: each lane
-    // looks at one.
+    // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out: each
+    // lane looks at one.
     const auto next_tile = [&](int from) {
       int found = from;
       while (plan.doc_start && found < last_tile) {
@@ -316,7 +318,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
 #pragma unroll
             for (int i = 0; i < Tile::kColumns / 8; ++i) {
               const int column = columns * Tile::kColumns + i * 8 + member_of_group() * 2;
-              if (exists && in_bounds(column, plan.width)) f(&d_q[i][half * 2], sums + int64_t(row) * row_stride + column);
+              float* const sum = sums + int64_t(row) * row_stride + column;
+              if (exists && in_bounds(column, plan.width)) f(&d_q[i][half * 2], sum);
             }
           }
         };
@@ -415,15 +418,16 @@ void launch_backward(const AttentionBackward& p, Stream stream) {
   });
   const int64_t vectors = int64_t(plan.batches) * plan.queries * plan.heads * plan.width / kSumSize;
   if (!p.d_q || vectors == 0) return;
-  const LaunchShape shape{dim3(checked_blocks((vectors + kSumThreads - 1) / kSumThreads)), dim3(kSumThreads), 0, stream};
+  const unsigned blocks = checked_blocks((vectors + kSumThreads - 1) / kSumThreads);
+  const LaunchShape shape{dim3(blocks), dim3(kSumThreads), 0, stream};
   launch(attention_sum_queries_kernel<T>, shape, p);
 }
 
 }  // namespace
 
 int attention_backward_splits(const AttentionPlan& plan) {
-  // Blocks differ in length, and the last of them run alone: the more there are, the less it matters. What is read and
-  // written of sums is the same for any number of splits, but not the memory for them.
+  // Blocks differ in length, and the last of them run alone: the more there are, the less it matters. More splits write
+  // and read hardly more, for the first addition is a store; but they need more memory.
   constexpr int64_t kBlocksOfMultiprocessor = 4, kMostBytes = int64_t(1) << 30;
   constexpr int kFewestKeys = 64;  // of a tile
   const int64_t heads = std::max(int64_t(plan.batches) * plan.kv_heads, int64_t(1));

@@ -1,17 +1,17 @@
 // Attention's forward on tensor cores from sm_80 on: bf16 and fp16, heads of up to 128. docs/attention.md draws it.
 //
-// A block has 128 queries of one head, 32 for each of four warps, and goes through the keys that any of them sees, a tile
-// at a time. Q stays in shared memory. K and V have two stages: while one is computed with, cp.async fills the other. A
-// warp's scores become probabilities in the registers where they are, and these are the left operand of P V as they are.
-// Nothing but Q, K and V goes through shared memory.
+// A block has 128 queries of one head, 32 for each of four warps, and goes through the keys that any of them sees, a
+// tile at a time. Q stays in shared memory. K and V have two stages: while one is computed with, cp.async fills the
+// other. A warp's scores become probabilities in the registers where they are, and these are the left operand of P V as
+// they are. Nothing but Q, K and V goes through shared memory.
 //
 // A tile that all queries of a warp see has code without masks. Of the others those that no query of the warp sees are
-// left out, and so are pieces of 16 keys: under the causal mask this saves most of what a square tile on the diagonal would
-// compute in vain.
+// left out, and so are pieces of 16 keys: under the causal mask this saves most of what a square tile on the diagonal
+// would compute in vain.
 //
 // 128 threads with at most 255 registers make two blocks for a multiprocessor, which 48 to 72 KB of shared memory each
-// leave room for where it has 164 KB. By arithmetic: nothing was measured so far. Tiles of 128 keys (of 64 where heads are
-// wider than 96) spill.
+// leave room for where it has 164 KB. By arithmetic: nothing was measured so far. Tiles of 128 keys (of 64 where heads
+// are wider than 96) spill.
 
 #include <type_traits>
 
@@ -189,7 +189,8 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_forward_sm80_kernel(
   const AttentionPlan& plan = p.plan;
   const int tiles = (plan.queries + Tile::kQueries - 1) / Tile::kQueries;
   const int of_head = int(blockIdx.x / tiles), head = of_head % plan.heads, batch = of_head / plan.heads;
-  // Last rows first: under a causal mask they see the most. Heads that share keys are neighbours, and meet in the L2 cache.
+  // Last rows first: under a causal mask they see the most. Heads that share keys are neighbours, and meet in the L2
+  // cache.
   const int first = (tiles - 1 - int(blockIdx.x % tiles)) * Tile::kQueries;
   const int kv_head = head / (plan.heads / plan.kv_heads);
   const int keys = keys_of(plan, batch), queries = min(Tile::kQueries, plan.queries - first);

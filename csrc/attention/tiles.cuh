@@ -1,10 +1,10 @@
-// What attention's kernels on tensor cores are made of: tiles in shared memory, the pieces of a tile that a warp's matrix
-// instructions take, and what a group of queries sees. docs/attention.md has drawings.
+// What attention's kernels on tensor cores are made of: tiles in shared memory, the pieces of a tile that a warp's
+// matrix instructions take, and what a group of queries sees. docs/attention.md has drawings.
 //
-// mma_m16n8k16 has its operands spread over the lanes of a warp; lane = 4 group + member. Of a result (16 x 8) a lane has
-// rows group and group + 8, columns 2 member and the next. Two results side by side, rounded to 16 bits, are just what
-// the instruction takes as its left operand (16 x 16): so the result of one product becomes the operand of the next
-// without leaving the registers.
+// mma_m16n8k16 has its operands spread over the lanes of a warp; lane = 4 group + member. Of a result (16 x 8) a lane
+// has rows group and group + 8, columns 2 member and the next. Two results side by side, rounded to 16 bits, are just
+// what the instruction takes as its left operand (16 x 16): so the result of one product becomes the operand of the
+// next without leaving the registers.
 #pragma once
 
 #include <type_traits>
@@ -26,8 +26,9 @@ __device__ __forceinline__ int group_of_lane() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int member_of_group() { return threadIdx.x % 4; }
 
 // rows x width elements of 2 bytes. Columns come in panels as wide as all 32 banks, or half of them; within a panel the
-// place of a row's vectors of 16 bytes is turned by the row's number (xor), so that the same column of 8 neighbouring rows,
-// which is what ldmatrix reads at a time, lies in 8 different groups of banks; and so do the vectors of a panel's line.
+// place of a row's vectors of 16 bytes is turned by the row's number (xor), so that the same column of 8 neighbouring
+// rows, which is what ldmatrix reads at a time, lies in 8 different groups of banks; and so do the vectors of a panel's
+// line.
 template <class T_, int rows, int width>
 struct alignas(128) MatrixTile {
   using T = T_;
@@ -44,8 +45,9 @@ struct alignas(128) MatrixTile {
   __device__ __forceinline__ T* at(int row, int column) { return elements + place(row, column); }
 };
 
-// f(row, column) for all vectors of `count` rows, those of `threads` threads at a time, of which this is number `thread`.
-// Neighbours have those of a panel's line. (Not unrolled: the addresses would take registers from accumulators.)
+// f(row, column) for all vectors of `count` rows, those of `threads` threads at a time, of which this is number
+// `thread`. Neighbours have those of a panel's line. (Not unrolled: the addresses would take registers from
+// accumulators.)
 template <class Tile, int count, int threads, class F>
 __device__ __forceinline__ void for_each_vector(int thread, F f) {
 #pragma unroll 1
@@ -138,7 +140,8 @@ __device__ __forceinline__ void load_tile(Tile& tile, const typename Tile::T* fr
 }
 
 // Rounds a warp's results of 16 rows and stores `count` of these rows, `width` columns, to `to`: by way of rows
-// first_row .. of a tile, of which this warp has no more need, for whole vectors. result[row / 8] is multiplied by scale[].
+// first_row .. of a tile, of which this warp has no more need, for whole vectors. result[row / 8] is multiplied by
+// scale[].
 template <class Tile, int n>
 __device__ __forceinline__ void store_results(Tile& tile, int first_row, const float (&results)[n][4],
                                               const float (&scale)[2], typename Tile::T* to, int64_t stride, int count,
@@ -176,8 +179,8 @@ struct Visible {
   }
 };
 
-// Of `count` queries from `first` on, where there are no documents: the first sees the least at the end, and the last at
-// the beginning.
+// Of `count` queries from `first` on, where there are no documents: the first sees the least at the end, and the last
+// at the beginning.
 __device__ __forceinline__ Visible visible_by_position(const AttentionPlan& plan, int first, int count, int keys) {
   const int first_position = first + keys - plan.queries, last_position = first_position + count - 1;
   KeyRange some{0, keys};
