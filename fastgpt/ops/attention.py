@@ -28,7 +28,8 @@ Sources: Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023; so
 the block-wise evaluation on a CPU follows the backward equations of Dao et al. 2022 (FlashAttention, appendix B.4).
 
 The kernels (csrc/attention; docs/attention.md explains them) keep S and P in fp32, or fp64 for fp64, are
-deterministic, and have no second derivative. `choose_path` in attention.cpp says which of them serves a call.
+deterministic, and have no second derivative. Those on tensor cores round P and dS to q's dtype, to multiply them.
+`choose_path` in attention.cpp says which of them serves a call.
 
 Which formulation runs where kernels do not (differentiable twice, but for the last):
     plain        `reference`: a softmax over the whole (Tq, Tk) matrix in fp32 or fp64; for softcap, LSE, torch.func.
