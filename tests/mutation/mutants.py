@@ -141,7 +141,7 @@ class Mutation:
     def unreached(self) -> list[Call]:
         """Lines with a barrier or an index test in them, or inlined into them, that no scenario meets."""
         met = {place for mutant in self.mutants for place in mutant.places}
-        return [call for call in self.sources.calls if call.place not in met]
+        return [call for call in self.sources.calls if call.place not in met and not call.of_lambda]
 
     def _verdict(self, mutant: Mutant | None, scenarios: list[Scenario]) -> Verdict:
         unchanged = sum(self.seconds[scenario.name] for scenario in scenarios)

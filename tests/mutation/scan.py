@@ -1,7 +1,8 @@
 """The calls of barriers and index tests as they stand in the sources, compiled and reached or not.
 
 What kernels meet at run time is compared with these, so a new barrier that nothing runs is noticed. It is a reader of
-this project's C++, not of any: a function's body begins at a brace that follows a list of parameters.
+this project's C++, not of any: a function's body begins at a brace that follows a list of parameters. A lambda that
+has a name is a helper of the function around it, and `f` of a `class F` is one that was given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOT
 ATTRIBUTE = re.compile(r"\b(?:__launch_bounds__|__cluster_dims__|__attribute__|alignas|requires)\s*\(")
 SCOPE = re.compile(r"\b(?:namespace|struct|class|union|enum|extern)\b")
 CALLED = re.compile(r"\b([A-Za-z_]\w*)\s*(?=\(|<)")
+LAMBDA = re.compile(r"\bauto (\w+) = \[")
+GIVEN = re.compile(r"\bclass F\b")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Function:
     specifiers: str
     """What stands before its name."""
 
+    @cached_property
+    def lambdas(self) -> list[tuple[str, range]]:
+        """The names and lines of those in its body that have a name."""
+        found = []
+        for begin in LAMBDA.finditer(self.body):
+            depth, at = 0, self.body.index("{", begin.end())
+            while True:
+                depth += {"{": 1, "}": -1}.get(self.body[at], 0)
+                if depth == 0:
+                    break
+                at += 1
+            first, last = (self.first_line + self.body.count("\n", 0, place) for place in (begin.start(), at))
+            found.append((begin[1], range(first, last + 1)))
+        return found
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,6 +59,8 @@ class Call:
     line: int
     function: str
     name: str
+    of_lambda: bool
+    """Of one that has sites: where the compiler did not inline it, the line is no part of theirs."""
 
     @property
     def place(self) -> str:
@@ -84,22 +104,24 @@ class Sources:
         """Every line of a kernel or a helper that calls a primitive, or a helper that has such a line."""
         on_device = [f for f in self.functions if "__device__" in f.specifiers or "__global__" in f.specifiers]
         ours = [f for f in on_device if not f.file.startswith(PLUMBING)]
-        found: dict[tuple[str, int, str, str], None] = {}
-        with_sites: dict[str, set[str]] = defaultdict(set)  # folder -> names of its helpers
+        found: dict[tuple[str, int, str, str], bool] = {}  # of a lambda
+        with_sites: dict[str, set[str]] = defaultdict(set)  # folder, or function -> names of its helpers
         grows = True
         while grows:
             grows = False
             for f in ours:
-                folder = str(Path(f.file).parent)
-                known = self.primitives.keys() | with_sites[folder] | with_sites["csrc/device"]
+                folder, inside = str(Path(f.file).parent), f"{f.file}:{f.name}"
+                helpers = self.primitives.keys() | with_sites[folder] | with_sites["csrc/device"]
+                lambdas = with_sites[inside] | ({"f"} if GIVEN.search(f.specifiers) else set())
                 for number, line in enumerate(f.body.split("\n"), f.first_line):
                     for name in CALLED.findall(line):
-                        if name in known and (f.file, number, f.name, name) not in found:
-                            found[f.file, number, f.name, name] = None
+                        if name in helpers | lambdas and (f.file, number, f.name, name) not in found:
+                            found[f.file, number, f.name, name] = name in lambdas
                             grows = True
+                            with_sites[inside] |= {name for name, lines in f.lambdas if number in lines}
                             if "__global__" not in f.specifiers:
                                 with_sites[folder].add(f.name)
-        return [Call(*call) for call in sorted(found)]
+        return [Call(*call, of_lambda) for call, of_lambda in sorted(found.items())]
 
     def crowded(self) -> list[str]:
         """Lines whose sites the emulator could not tell apart: the same thing called twice."""
