@@ -429,11 +429,14 @@ int attention_backward_splits(const AttentionPlan& plan) {
   // Blocks differ in length, and the last of them run alone: the more there are, the less it matters. More splits write
   // and read hardly more, for the first addition is a store; but they need more memory.
   constexpr int64_t kBlocksOfMultiprocessor = 4, kMostBytes = int64_t(1) << 30;
-  constexpr int kFewestKeys = 64;  // of a tile
+  int64_t tiles = 0;
+  with_backward_tile<__half>(plan.width, [&](auto tile) {
+    constexpr int kKeys = decltype(tile)::kKeys;
+    tiles = (plan.keys + kKeys - 1) / kKeys;
+  });
   const int64_t heads = std::max(int64_t(plan.batches) * plan.kv_heads, int64_t(1));
   const int64_t wanted = (multiprocessors() * kBlocksOfMultiprocessor + heads - 1) / heads;
   const int64_t bytes = int64_t(plan.batches) * plan.queries * plan.heads * plan.width * int64_t(sizeof(float));
-  const int64_t tiles = (plan.keys + kFewestKeys - 1) / kFewestKeys;
   return int(std::max(std::min({wanted, tiles, kMostBytes / std::max(bytes, int64_t(1))}), int64_t(1)));
 }
 
