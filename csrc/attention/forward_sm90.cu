@@ -40,8 +40,9 @@ struct HopperTile {
   using T = T_;
   using Type = std::conditional_t<std::is_same_v<T, __half>, F16, Bf16>;
   static constexpr int kWidth = width, kConsumers = 2, kQueries = kConsumers * kWarpgroupRows, kKeys = 128, kStages = 2;
+  static constexpr int kFewKeys = kKeys / 2;  // of the last tile where the queries see no more of it
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using Queries = SwizzledTile<T, kQueries, kWidth>;
   using Keys = SwizzledTile<T, kKeys, kWidth>;
@@ -51,9 +52,8 @@ struct HopperTile {
     Keys k[kStages], v[kStages];
     uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
-  using Scores = float[kKeys / 2];           // of a thread
-  using Weights = uint32_t[kKeys / kPiece][4];  // of a thread, as a left operand
-  using Output = float[kWidth / 2];
+  using Output = float[kWidth / 2];             // of a thread
+  using Weights = uint32_t[kKeys / kPiece][4];  // likewise, as a left operand
 };
 
 // Which queries of which head a block has.
@@ -97,10 +97,10 @@ struct Rows {
   float peak[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // the largest score; this lane's share of the powers' sum
 };
 
-// Issues Q K^T.
-template <class Tile>
-__device__ __forceinline__ void multiply_keys(typename Tile::Scores& scores, const typename Tile::Queries& of_q,
-                                              int first_row, const typename Tile::Keys& of_k) {
+// Issues Q K^T of the first 2 n keys of a tile.
+template <class Tile, int n>
+__device__ __forceinline__ void multiply_keys(float (&scores)[n], const typename Tile::Queries& of_q, int first_row,
+                                              const typename Tile::Keys& of_k) {
   const uint64_t q = of_q.with_depth_along_rows(first_row), k = of_k.with_depth_along_rows(0);
 #pragma unroll
   for (int depth = 0; depth < Tile::kWidth; depth += kPiece) {
@@ -109,25 +109,25 @@ __device__ __forceinline__ void multiply_keys(typename Tile::Scores& scores, con
   }
 }
 
-// Issues O += P V.
-template <class Tile>
+// Issues O += P V of the first keys of a tile.
+template <int keys, class Tile>
 __device__ __forceinline__ void add_values(typename Tile::Output& o, const typename Tile::Weights& weights,
                                            const typename Tile::Keys& of_v) {
   const uint64_t v = of_v.with_depth_down();
 #pragma unroll
-  for (int piece = 0; piece < Tile::kKeys / kPiece; ++piece) {
+  for (int piece = 0; piece < keys / kPiece; ++piece) {
     wgmma<Major::mn>(o, weights[piece], v + Tile::Keys::step_down(piece * kPiece), true, typename Tile::Type());
   }
 }
 
 // Scores become powers of two; decay[] is what the sums so far must be multiplied by, which was done to rows.sum.
-template <bool masked, class Tile>
-__device__ __forceinline__ void find_powers(typename Tile::Scores& scores, Rows& rows, float (&decay)[2],
+template <bool masked, int n>
+__device__ __forceinline__ void find_powers(float (&scores)[n], Rows& rows, float (&decay)[2],
                                             const PowersOfTwo& powers, int first_key) {
-  constexpr int kGroups = Tile::kKeys / 8;
+  constexpr int kGroups = n / 4;  // of 8 keys
   if (powers.capped) {
 #pragma unroll
-    for (float& score : scores) score = powers.tanh_of(score);
+    for (int i = 0; i < n; ++i) scores[i] = powers.tanh_of(scores[i]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -162,10 +162,10 @@ __device__ __forceinline__ void find_powers(typename Tile::Scores& scores, Rows&
 }
 
 // Powers, rounded, as a left operand.
-template <class Tile>
-__device__ __forceinline__ void pack_weights(typename Tile::Weights& weights, const typename Tile::Scores& powers) {
+template <class Tile, int n>
+__device__ __forceinline__ void pack_weights(typename Tile::Weights& weights, const float (&powers)[n]) {
 #pragma unroll
-  for (int piece = 0; piece < Tile::kKeys / kPiece; ++piece) {
+  for (int piece = 0; piece < n / 8; ++piece) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       weights[piece][i] = pack<typename Tile::T>(powers[piece * 8 + i * 2], powers[piece * 8 + i * 2 + 1]);
@@ -191,15 +191,15 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
   }
 
   typename Tile::Output o;
-  typename Tile::Scores scores;
   typename Tile::Weights weights;
 #pragma unroll
-  for (float& sum : o) sum = 0;
+  for (int i = 0; i < Tile::kWidth / 2; ++i) o[i] = 0;
 
   const int tiles = keys_of_block.empty() ? 0 : (keys_of_block.end - keys_of_block.begin + Tile::kKeys - 1) / Tile::kKeys;
   const Turns<Tile::kConsumers> turns{group, tiles};
   const auto first_key = [&](int tile) { return keys_of_block.begin + tile * Tile::kKeys; };
   const auto hidden = [&](int tile) { return seen.hidden(first_key(tile), Tile::kKeys); };
+  const auto few = [&](int tile) { return seen.some.end <= first_key(tile) + Tile::kFewKeys; };
   const auto whole = [&](int tile) { return seen.whole(first_key(tile), Tile::kKeys); };
   typename Tile::Ring at, before;  // of this tile, and of the one whose P V is still to be added
   int tile = 0;
@@ -217,8 +217,9 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     at.advance();
     ++tile;
   };
-  const auto attend = [&](auto first, auto masked) {
+  const auto attend = [&](auto first, auto masked, auto keys_of_tile) {
     constexpr bool kFirst = decltype(first)::value, kMasked = decltype(masked)::value;
+    float scores[decltype(keys_of_tile)::value / 2];
     mbarrier_wait(shared.k_full[at.stage], at.parity);
     if (!kFirst) mbarrier_wait(shared.v_full[before.stage], before.parity);
     turns.take(tile);
@@ -228,7 +229,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     multiply_keys<Tile>(scores, shared.q, first_row, shared.k[at.stage]);
     wgmma_commit();
     if constexpr (!kFirst) {
-      add_values<Tile>(o, weights, shared.v[before.stage]);
+      add_values<Tile::kKeys, Tile>(o, weights, shared.v[before.stage]);
       wgmma_commit();
     }
     turns.give(tile);
@@ -236,8 +237,9 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     pin_registers(scores);
     release(shared.k_empty[at.stage]);
     float decay[2];
-    find_powers<kMasked, Tile>(scores, rows, decay, powers, first_key(tile));
+    find_powers<kMasked>(scores, rows, decay, powers, first_key(tile));
     if constexpr (!kFirst) {
+      compute_before_here(rows.sum[0] + rows.sum[1]);
       wgmma_wait<0>();
       pin_registers(o);
       release(shared.v_empty[before.stage]);
@@ -250,25 +252,41 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     ++tile;
   };
 
-  if (tiles > 0) mbarrier_wait(shared.q_full, 0);  // by those who see nothing too: O will go where Q comes
-  while (tile < tiles && hidden(tile)) pass();
-  if (tile < tiles) {
-    attend(std::true_type(), std::true_type());
-    while (tile < tiles && !hidden(tile)) {
-      while (tile < tiles && !hidden(tile) && !whole(tile)) attend(std::false_type(), std::true_type());
-      while (tile < tiles && whole(tile)) attend(std::false_type(), std::false_type());
-    }
+  const auto finish = [&](auto keys_of_tile) {
     mbarrier_wait(shared.v_full[before.stage], before.parity);
     pin_registers(o);
     pin_registers(weights);
     wgmma_fence();
-    add_values<Tile>(o, weights, shared.v[before.stage]);
+    add_values<decltype(keys_of_tile)::value, Tile>(o, weights, shared.v[before.stage]);
     wgmma_commit();
     wgmma_wait<0>();
     pin_registers(o);
     release(shared.v_empty[before.stage]);
-    while (tile < tiles) pass();
+  };
+
+  using Yes = std::true_type;
+  using No = std::false_type;
+  using All = std::integral_constant<int, Tile::kKeys>;
+  using Few = std::integral_constant<int, Tile::kFewKeys>;
+  if (tiles > 0) mbarrier_wait(shared.q_full, 0);  // by those who see nothing too: O will go where Q comes
+  while (tile < tiles && hidden(tile)) pass();
+  if (tile < tiles && few(tile)) {
+    attend(Yes(), Yes(), Few());
+    finish(Few());
+  } else if (tile < tiles) {
+    attend(Yes(), Yes(), All());
+    while (tile < tiles && !hidden(tile) && !few(tile)) {
+      while (tile < tiles && !hidden(tile) && !few(tile) && !whole(tile)) attend(No(), Yes(), All());
+      while (tile < tiles && whole(tile)) attend(No(), No(), All());
+    }
+    if (tile < tiles && !hidden(tile)) {
+      attend(No(), Yes(), Few());
+      finish(Few());
+    } else {
+      finish(All());
+    }
   }
+  while (tile < tiles) pass();
 
   const int warp_row = warp_of_block() * kPiece;  // of the block's tile
 #pragma unroll

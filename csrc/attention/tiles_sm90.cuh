@@ -89,6 +89,12 @@ struct Turns {
   }
 };
 
+// ptxas puts the wait for a wgmma as early as it can, in front of arithmetic that should go on meanwhile. A branch that needs
+// the result keeps it behind. A sum of powers, which no row makes negative.
+__device__ __forceinline__ void compute_before_here(float never_negative) {
+  if (never_negative < 0) __trap();
+}
+
 // Heads of a plan for the TMA unit: (width, tokens, heads, batches), and boxes of a panel of some rows of a head.
 template <class Tile>
 TensorMap map_of_heads(const ConstHeads& of, const AttentionPlan& plan, int tokens, int heads, int box_rows) {

@@ -32,15 +32,12 @@ FASTGPT_PTX void wgmma_wait() {
 template <int kCount>
 FASTGPT_PTX void pin_registers(float (&registers)[kCount]) {
 #pragma unroll
-  for (float& one : registers) asm volatile("" : "+f"(one) :: "memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) :: "memory");
 }
 template <int kCount>
 FASTGPT_PTX void pin_registers(uint32_t (&registers)[kCount][4]) {
 #pragma unroll
-  for (auto& four : registers) {
-#pragma unroll
-    for (uint32_t& one : four) asm volatile("" : "+r"(one) :: "memory");
-  }
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(registers[i / 4][i % 4]) :: "memory");
 }
 
 // The lists of registers of the instruction for each width; asm wants them spelled out.
