@@ -201,6 +201,15 @@ def test_a_compiler_that_fails_fails_the_build(tmp_path: Path, capsys) -> None:
     assert names in ({"one"}, {"_Z3onePf"})
 
 
+def test_a_wgmma_that_is_serialised_fails_the_build(tmp_path: Path, capsys) -> None:
+    """ptxas calls it information and goes on."""
+    warning = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+    say = "import sys; sys.stderr.write(sys.argv[1])"
+    assert resources.main(["compile", str(tmp_path / "out"), sys.executable, "-c", say, SAID + warning]) == 1
+    assert warning in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_header_changes_only_when_a_kernel_does(tmp_path: Path) -> None:
     part, header = tmp_path / "part", tmp_path / "header.h"
     part.write_text(json.dumps([ONE] * 200))

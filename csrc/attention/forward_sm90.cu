@@ -16,6 +16,7 @@
 // the next, and all that is lost is its prologue. 384 threads with 168 registers, which the warpgroups share out anew, and 81
 // to 161 KB of shared memory make one block for a multiprocessor. By arithmetic: nothing was measured so far.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "attention/tiles_sm90.cuh"
@@ -32,8 +33,6 @@ struct ForwardMaps {
 };
 
 namespace {
-
-constexpr int64_t kKeysInCache = 32 << 20;  // bytes of K and V that are to stay in the L2 cache, of 50 MB
 
 template <class T_, int width>
 struct HopperTile {
@@ -298,7 +297,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     const bool blind = rows.range[half].empty();
     const float scale = blind ? 0.0f : 1 / whole_sum;
     if (member_of_group() == 0 && in_bounds(row, plan.queries)) {
-      store_lse(p, (int64_t(block.batch) * plan.heads + block.head) * plan.queries + row, blind,
+      store_lse<false>(p, (int64_t(block.batch) * plan.heads + block.head) * plan.queries + row, blind,
                 rows.peak[half] * powers.unit, whole_sum);
     }
 #pragma unroll
@@ -324,6 +323,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads, 1) void attention_forward_sm90_kernel(
     AttentionForward p, PowersOfTwo powers, const __grid_constant__ ForwardMaps maps) {
+  if (!kForSm90) return __trap();
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   if (threadIdx.x == 0) {
     mbarrier_init(shared.q_full, 1);
@@ -390,7 +390,7 @@ void launch_attention_forward_sm90(const AttentionForward& p, Stream stream) {
     const ConstHeads o{p.o, plan.queries * token, token, plan.width};
     maps.o = map_of_heads<typename Tile::Queries>(o, plan, plan.queries, plan.heads, kPiece);
     const int64_t bytes_of_head = int64_t(2) * plan.keys * plan.width * sizeof(typename Tile::T);
-    const int64_t kv_heads_together = std::max<int64_t>(1, kKeysInCache / bytes_of_head);
+    const int64_t kv_heads_together = std::max<int64_t>(1, cache_bytes() * 2 / 3 / bytes_of_head);
     maps.heads_together = int(std::min(heads, kv_heads_together * (plan.heads / plan.kv_heads)));
     const LaunchShape shape{dim3(unsigned(blocks)), dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_forward_sm90_kernel<Tile>, shape, p, PowersOfTwo(plan), maps);

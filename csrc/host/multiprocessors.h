@@ -1,5 +1,5 @@
 // What the current device is and has: its chip, multiprocessors, by which a grid that stays until all rows are done is
-// sized, and shared memory for a block.
+// sized, shared memory for a block, and the L2 cache.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +33,20 @@ inline int64_t most_shared_bytes() {
   return bytes;
 }
 
+inline int64_t cache_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the current device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "asking for its L2 cache");
+  return bytes;
+}
+
 #else
 
 // Few, so that the small tensors of tests give every block several rows.
 inline int multiprocessors() { return 2; }
+
+// As little as a short test's keys and values.
+inline int64_t cache_bytes() { return 128 << 10; }
 
 inline int chip() { return emulator::chip_number(); }
 

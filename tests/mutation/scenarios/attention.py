@@ -4,6 +4,8 @@ blocks that come to further tiles of keys and of queries."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,25 @@ def tensor_cores(
     return Scenario(f"attention of {batches} x {T} {what} on tensor cores, {heads} heads of {D}, {chip}", run, chip)
 
 
+def hopper(
+    T: int, heads: tuple[int, int], D: int, *, more_keys: int = 3, dtype: torch.dtype = torch.bfloat16, **masks: Any
+) -> Scenario:
+    """The forward of T tokens against these and `more_keys` before them, or on documents of `documents` tokens."""
+
+    def run() -> list[Tensor]:
+        documents = masks.get("documents", 0)
+        options = {name: value for name, value in masks.items() if name != "documents"}
+        q = randn(2, T, heads[0], D, dtype=dtype)
+        k, v = (randn(2, T + (0 if documents else more_keys), heads[1], D, dtype=dtype, seed=seed) for seed in (1, 2))
+        if documents:
+            bounds = ops.document_bounds(torch.arange(0, 2 * T, documents), 2, T)
+            options |= dict(zip(("doc_start", "doc_end"), bounds, strict=True))
+        with torch.no_grad():
+            return list(ops.attention(q, k, v, return_lse=True, **options))
+
+    return Scenario(f"attention of 2 x {T} tokens and {more_keys} keys on Hopper, {heads} heads of {D}, {masks}", run)
+
+
 SCENARIOS = [
     attention(70, (2, 1), 5, torch.bfloat16),
     attention(9, (1, 1), 70, torch.float32),  # two steps of the products, two chunks of a result
@@ -71,4 +92,8 @@ SCENARIOS = [
     tensor_cores(140, (1, 1), 8, batches=8),  # one block for each head, and two tiles of keys
     tensor_cores(140, (1, 1), 8, batches=8, documents=70),
     tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
+    hopper(20, (1, 1), 8),  # half a tile; a warpgroup without queries
+    hopper(100, (1, 1), 72, more_keys=330),  # whole tiles, a ring that comes round, half a tile at the end
+    hopper(140, (2, 1), 120, more_keys=400, window=150, dtype=torch.float16),  # tiles that one warpgroup does not see
+    hopper(300, (1, 1), 8, documents=70),
 ]
