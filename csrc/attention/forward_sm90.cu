@@ -121,7 +121,7 @@ __device__ __forceinline__ void add_values(typename Tile::Output& o, const typen
 
 // Scores become powers of two; decay[] is what the sums so far must be multiplied by, which was done to rows.sum.
 template <bool masked, int n>
-__device__ __forceinline__ void find_powers(float (&scores)[n], Rows& rows, float (&decay)[2],
+__device__ __forceinline__ void scores_to_powers(float (&scores)[n], Rows& rows, float (&decay)[2],
                                             const PowersOfTwo& powers, int first_key) {
   constexpr int kGroups = n / 4;  // of 8 keys
   if (powers.capped) {
@@ -206,8 +206,9 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
   const auto release = [&](uint64_t& empty) {
     if (threadIdx.x % kWarpgroup == 0) mbarrier_arrive(empty);
   };
-  const auto pass = [&] {  // a tile that none of these queries sees: the producer has to know that nobody needs it
-    mbarrier_wait(shared.k_full[at.stage], at.parity);
+  // A tile that none of these queries sees: the producer has to know that it is not needed. It was filled after both
+  // warpgroups had released what was there before, V after K, so this release cannot be taken for that one.
+  const auto pass = [&] {
     mbarrier_wait(shared.v_full[at.stage], at.parity);
     turns.take(tile);
     turns.give(tile);
@@ -236,7 +237,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     pin_registers(scores);
     release(shared.k_empty[at.stage]);
     float decay[2];
-    find_powers<kMasked>(scores, rows, decay, powers, first_key(tile));
+    scores_to_powers<kMasked>(scores, rows, decay, powers, first_key(tile));
     if constexpr (!kFirst) {
       compute_before_here(rows.sum[0] + rows.sum[1]);
       wgmma_wait<0>();

@@ -80,7 +80,8 @@ struct Turns {
   int member, rounds;
 
   __device__ __forceinline__ void take(int round) const {
-    if (member > 0 || round > 0) barrier_sync(kFirstBarrier + member, 2 * kWarpgroup);
+    if (member == 0 && round == 0) return;  // nobody gives the first
+    barrier_sync(kFirstBarrier + member, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void give(int round) const {
     const bool last = member == members - 1;
