@@ -20,7 +20,6 @@
 #include <type_traits>
 
 #include "attention/tiles_sm90.cuh"
-#include "host/asking.h"
 #include "host/launch.h"
 #include "host/multiprocessors.h"
 
@@ -358,21 +357,9 @@ void with_hopper_tile(int width, F f) {
   return f(HopperTile<T, 128>());
 }
 
-#if defined(__CUDACC__)
-// Whether this library has code for the chip: what is compiled for others has none of these instructions.
-constexpr bool compiled_for_hopper() {
-  for (const int arch : {__CUDA_ARCH_LIST__}) {
-    if (arch == 900) return true;
-  }
-  return false;
-}
-#else
-constexpr bool compiled_for_hopper() { return true; }
-#endif
-
 }  // namespace
 
-bool attention_sm90_serves_chip() { return compiled_for_hopper() && chip() == 90; }
+bool attention_sm90_serves_chip() { return compiled_for(90) && chip() == 90; }
 
 void launch_attention_forward_sm90(const AttentionForward& p, Stream stream) {
   if (only_asking) return;  // the driver would be asked for maps

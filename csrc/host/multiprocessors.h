@@ -24,6 +24,14 @@ inline int chip() {
   return major * 10 + minor;
 }
 
+// Whether the library has code of its own for a chip, and not for older ones alone, which the driver compiles for it.
+constexpr bool compiled_for(int chip) {
+  for (const int number : {__CUDA_ARCH_LIST__}) {
+    if (number == 10 * chip) return true;
+  }
+  return false;
+}
+
 // The most that a block can ask for.
 inline int64_t most_shared_bytes() {
   int device = 0, bytes = 0;
@@ -49,6 +57,8 @@ inline int multiprocessors() { return 2; }
 inline int64_t cache_bytes() { return 128 << 10; }
 
 inline int chip() { return emulator::chip_number(); }
+
+constexpr bool compiled_for(int) { return true; }
 
 inline int64_t most_shared_bytes() { return int64_t(emulator::most_shared_bytes()); }
 
