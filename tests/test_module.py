@@ -73,7 +73,9 @@ def test_every_kernel_has_registers_and_memory_on_every_architecture(module: Mod
     assert names and {kernel.name for kernel in kernels} == names, "those that the emulator runs"
     assert len(kernels) == len(names) * len(library.build_info.archs) == len({(k.name, k.arch) for k in kernels})
     for kernel in kernels:
-        assert 16 <= kernel.registers <= 255 and kernel.spilled_bytes == kernel.local_bytes == 0, kernel
+        ends_at_once = "sm90" in kernel.name and not kernel.arch.startswith("90")  # it is not launched there
+        assert ends_at_once or 16 <= kernel.registers, kernel
+        assert kernel.registers <= 255 and kernel.spilled_bytes == kernel.local_bytes == 0, kernel
         assert kernel.shared_bytes <= 48 * 1024
     assert any(kernel.shared_bytes for kernel in kernels)
 
