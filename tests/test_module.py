@@ -74,7 +74,7 @@ def test_every_kernel_has_registers_and_memory_on_every_architecture(module: Mod
     assert len(kernels) == len(names) * len(library.build_info.archs) == len({(k.name, k.arch) for k in kernels})
     for kernel in kernels:
         ends_at_once = "sm90" in kernel.name and not kernel.arch.startswith("90")  # it is not launched there
-        assert ends_at_once or 16 <= kernel.registers, kernel
+        assert ends_at_once or kernel.registers >= 16, kernel
         assert kernel.registers <= 255 and kernel.spilled_bytes == kernel.local_bytes == 0, kernel
         assert kernel.shared_bytes <= 48 * 1024
     assert any(kernel.shared_bytes for kernel in kernels)

@@ -1,20 +1,22 @@
 // Attention's forward on Hopper: bf16 and fp16, heads of up to 128, by TMA and wgmma. docs/attention.md draws it.
 //
-// A block has 128 queries of one head. Of its three warpgroups the last one is the producer: one thread of it has the TMA
-// unit bring Q, and then tile after tile of K and V into a ring of two stages. The others, the consumers, have 64 queries
-// each. Their scores come by wgmma from shared memory; powers of these stay in the registers where they are, and are the
-// left operand of P V as they are; O stays in registers to the end, and leaves through Q's shared memory, by TMA.
+// A block has 128 queries of one head. Of its three warpgroups the last one is the producer: one thread of it has the
+// TMA unit bring Q, and then tile after tile of K and V into a ring of two stages. The others, the consumers, have 64
+// queries each. Their scores come by wgmma from shared memory; powers of these stay in the registers where they are,
+// and are the left operand of P V as they are; O stays in registers to the end, and leaves through Q's shared memory,
+// by TMA.
 //
-// Barriers of a stage: full, when all bytes are there (the TMA unit counts them), and empty, when both consumers have read
-// it. K and V have their own, for K is read before the softmax and V after it.
+// Barriers of a stage: full, when all bytes are there (the TMA unit counts them), and empty, when both consumers have
+// read it. K and V have their own, for K is read before the softmax and V after it.
 //
-// Two things overlap with the exponentials of a tile. Within a warpgroup P V of the tile before: Q K^T is issued first, P V
-// next, and only the former is waited for. Between warpgroups the other one's products: they take turns in issuing.
+// Two things overlap with the exponentials of a tile. Within a warpgroup P V of the tile before: Q K^T is issued first,
+// P V next, and only the former is waited for. Between warpgroups the other one's products: they take turns in issuing.
 //
-// One block for each tile of queries, the longest tiles first (under a causal mask the last rows see the most), section by
-// section of heads whose keys and values the L2 cache holds at once. No persistent grid: a block that ends makes room for
-// the next, and all that is lost is its prologue. 384 threads with 168 registers, which the warpgroups share out anew, and 81
-// to 161 KB of shared memory make one block for a multiprocessor. By arithmetic: nothing was measured so far.
+// One block for each tile of queries, the longest tiles first (under a causal mask the last rows see the most), section
+// by section of heads whose keys and values the L2 cache holds at once. No persistent grid: a block that ends makes
+// room for the next, and all that is lost is its prologue. 384 threads with 168 registers, which the warpgroups share
+// out anew, and 81 to 161 KB of shared memory make one block for a multiprocessor. By arithmetic: nothing was measured
+// so far.
 
 #include <algorithm>
 #include <type_traits>
@@ -76,13 +78,13 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
                                         const ForwardMaps& maps, const BlockOfQueries& block, const KeyRange& keys) {
   if (keys.empty()) return;
   const int kv_head = block.head / (plan.heads / plan.kv_heads);
-  shared.q.load(maps.q, shared.q_full, block.first, block.head, block.batch);
+  shared.q.fetch(maps.q, shared.q_full, block.first, block.head, block.batch);
   typename Tile::Ring at;
   for (int key = keys.begin; key < keys.end; key += Tile::kKeys, at.advance()) {
     mbarrier_wait(shared.k_empty[at.stage], at.parity ^ 1);  // the first time round they are
-    shared.k[at.stage].load(maps.k, shared.k_full[at.stage], key, kv_head, block.batch);
+    shared.k[at.stage].fetch(maps.k, shared.k_full[at.stage], key, kv_head, block.batch);
     mbarrier_wait(shared.v_empty[at.stage], at.parity ^ 1);
-    shared.v[at.stage].load(maps.v, shared.v_full[at.stage], key, kv_head, block.batch);
+    shared.v[at.stage].fetch(maps.v, shared.v_full[at.stage], key, kv_head, block.batch);
   }
 }
 
@@ -193,7 +195,8 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
 #pragma unroll
   for (int i = 0; i < Tile::kWidth / 2; ++i) o[i] = 0;
 
-  const int tiles = keys_of_block.empty() ? 0 : (keys_of_block.end - keys_of_block.begin + Tile::kKeys - 1) / Tile::kKeys;
+  const int keys_here = keys_of_block.empty() ? 0 : keys_of_block.end - keys_of_block.begin;
+  const int tiles = (keys_here + Tile::kKeys - 1) / Tile::kKeys;
   const Turns<Tile::kConsumers> turns{group, tiles};
   const auto first_key = [&](int tile) { return keys_of_block.begin + tile * Tile::kKeys; };
   const auto hidden = [&](int tile) { return seen.hidden(first_key(tile), Tile::kKeys); };

@@ -1,9 +1,10 @@
-// What attention's kernels on Hopper are made of besides tiles.cuh: tiles in shared memory as the TMA unit fills them and
-// as wgmma reads them, the ring they come in, and whose turn it is on the tensor cores. docs/attention.md has drawings.
+// What attention's kernels on Hopper are made of besides tiles.cuh: tiles in shared memory as the TMA unit fills them
+// and as wgmma reads them, the ring they come in, and whose turn it is on the tensor cores. docs/attention.md has
+// drawings.
 //
 // A wgmma's result (64 x n) is spread over the 128 threads of a warpgroup as four of mma_m16n8k16's, 16 rows for each
-// warp: a lane has rows group and group + 8 of its warp's, and of every 8 columns 2 member and the next. Its left operand
-// may come from registers, in the layout of mma_m16n8k16's.
+// warp: a lane has rows group and group + 8 of its warp's, and of every 8 columns 2 member and the next. Its left
+// operand may come from registers, in the layout of mma_m16n8k16's.
 #pragma once
 
 #include "attention/attention.h"
@@ -19,8 +20,8 @@ constexpr int kWarpgroup = 128;       // threads
 constexpr int kWarpgroupRows = 64;    // that a wgmma multiplies
 constexpr unsigned kSwizzleBytes = 128;
 
-// rows x width elements of 2 bytes, the width filled up to panels of 128 bytes. Each panel is what one TMA copy brings: its
-// vectors of 16 bytes lie turned by the row's number (xor), as the 128-byte swizzle has them.
+// rows x width elements of 2 bytes, the width filled up to panels of 128 bytes. Each panel is what one TMA copy brings:
+// its vectors of 16 bytes lie turned by the row's number (xor), as the 128-byte swizzle has them.
 template <class T_, int rows, int width>
 struct alignas(1024) SwizzledTile {
   using T = T_;
@@ -37,9 +38,9 @@ struct alignas(1024) SwizzledTile {
     return elements + (column / kPanel * rows + row) * kPanel + vector * 8 + column % 8;
   }
 
-  // Starts the copies of rows row .. of a head, and tells the barrier how many bytes will come: whole panels, for what lies
-  // outside of the tensor comes as zeros. By one thread.
-  __device__ __forceinline__ void load(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
+  // Starts the copies of rows row .. of a head, and tells the barrier how many bytes will come: whole panels, for what
+  // lies outside of the tensor comes as zeros. By one thread.
+  __device__ __forceinline__ void fetch(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
     mbarrier_arrive_expect_bytes(arrived, sizeof(elements));
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
@@ -48,8 +49,8 @@ struct alignas(1024) SwizzledTile {
     }
   }
 
-  // As an operand of wgmma. with_depth_along_rows: Q and K of Q K^T; a step goes 16 columns on. with_depth_down: V of P V; a
-  // step goes 16 rows down.
+  // As an operand of wgmma. with_depth_along_rows: Q and K of Q K^T; a step goes 16 columns on. with_depth_down: V of P
+  // V; a step goes 16 rows down.
   __device__ __forceinline__ uint64_t with_depth_along_rows(int first_row) const {
     return matrix_descriptor(elements + first_row * kPanel, 0, kGroupBytes, kSwizzleBytes);
   }
@@ -72,8 +73,8 @@ struct RingPosition {
   }
 };
 
-// Warpgroups have the tensor cores in turns, round after round, and compute exponentials meanwhile. The results do not depend
-// on it. Each of the `members` takes and gives every one of `rounds` turns, used or not.
+// Warpgroups have the tensor cores in turns, round after round, and compute exponentials meanwhile. The results do not
+// depend on it. Each of the `members` takes and gives every one of `rounds` turns, used or not.
 template <int members>
 struct Turns {
   static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads's
@@ -90,8 +91,8 @@ struct Turns {
   }
 };
 
-// ptxas puts the wait for a wgmma as early as it can, in front of arithmetic that should go on meanwhile. A branch that needs
-// the result keeps it behind. A sum of powers, which no row makes negative.
+// ptxas puts the wait for a wgmma as early as it can, in front of arithmetic that should go on meanwhile. A branch that
+// needs the result keeps it behind. A sum of powers, which no row makes negative.
 __device__ __forceinline__ void compute_before_here(float never_negative) {
   if (never_negative < 0) __trap();
 }

@@ -27,8 +27,9 @@ FASTGPT_PTX void wgmma_wait() {
   FASTGPT_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
-// The compiler moves no use of these registers past this place, and it emits nothing: it does not know that a wgmma goes on
-// after its line, until a wait. Before a fence for what a wgmma reads or adds to, and after the wait for its results.
+// The compiler moves no use of these registers past this place, and it emits nothing: it does not know that a wgmma
+// goes on after its line, until a wait. Before a fence for what a wgmma reads or adds to, and after the wait for its
+// results.
 template <int kCount>
 FASTGPT_PTX void pin_registers(float (&registers)[kCount]) {
 #pragma unroll
