@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ def test_documents_by_the_rule(masks: dict[str, Any]) -> None:
         return torch.cat([naive(*(t[:, i:j] for t in (q, k, v)), **masks) for i, j in ranges], 1)
 
     by_rule(inputs(1, 330, 330, 2, 1, 16, BF16), apart, doc_start=start, doc_end=end, **masks)
+
+
+@pytest.mark.parametrize("first_tokens", [(0, 64, 500), (0, 100, 320, 700), (0, 192, 700)], ids=str)
+def test_one_warpgroup_is_done_long_before_the_other(first_tokens: tuple[int, ...]) -> None:
+    """After half a tile, two, or one and a half: the other one goes on, round the ring."""
+    start, end = document_bounds(torch.tensor(first_tokens), 1, first_tokens[-1])
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        documents = [[t[:, i:j] for t in (q, k, v)] for i, j in pairwise(first_tokens)]
+        return torch.cat([naive(*document, causal=False) for document in documents], 1)
+
+    T = first_tokens[-1]
+    by_rule(inputs(1, T, T, 1, 1, 8, BF16), apart, doc_start=start, doc_end=end, causal=False)
 
 
 @pytest.mark.parametrize("T", [1, 2, 330])
