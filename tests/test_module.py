@@ -73,7 +73,9 @@ def test_every_kernel_has_registers_and_memory_on_every_architecture(module: Mod
     assert names and {kernel.name for kernel in kernels} == names, "those that the emulator runs"
     assert len(kernels) == len(names) * len(library.build_info.archs) == len({(k.name, k.arch) for k in kernels})
     for kernel in kernels:
-        assert 16 <= kernel.registers <= 255 and kernel.spilled_bytes == kernel.local_bytes == 0, kernel
+        ends_at_once = "sm90" in kernel.name and not kernel.arch.startswith("90")  # it is not launched there
+        assert ends_at_once or kernel.registers >= 16, kernel
+        assert kernel.registers <= 255 and kernel.spilled_bytes == kernel.local_bytes == 0, kernel
         assert kernel.shared_bytes <= 48 * 1024
     assert any(kernel.shared_bytes for kernel in kernels)
 
@@ -199,6 +201,15 @@ def test_a_compiler_that_fails_fails_the_build(tmp_path: Path, capsys) -> None:
         assert capsys.readouterr().err == SAID.splitlines(keepends=True)[5]
     names = {kernel["name"] for kernel in json.loads((tmp_path / "0.kernels").read_text())}
     assert names in ({"one"}, {"_Z3onePf"})
+
+
+def test_a_wgmma_that_is_serialised_fails_the_build(tmp_path: Path, capsys) -> None:
+    """ptxas calls it information and goes on."""
+    warning = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+    say = "import sys; sys.stderr.write(sys.argv[1])"
+    assert resources.main(["compile", str(tmp_path / "out"), sys.executable, "-c", say, SAID + warning]) == 1
+    assert warning in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_header_changes_only_when_a_kernel_does(tmp_path: Path) -> None:

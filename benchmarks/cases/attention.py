@@ -35,9 +35,10 @@ def of(
     documents: int = 0,
 ) -> list[Case]:
     """Causal, one sequence, or one of `documents` tokens after the other; forward and backward held to `most`. A chip
-    without a path of its own takes the generic one, which multiplies without matrix instructions."""
+    without a path of its own takes the generic one, which multiplies without matrix instructions. Hopper has a forward
+    of its own, and sm_80's backward."""
     what = f"{T} x {H} + {KV} heads of {D} {SHORT[dtype]}" + (", documents" if documents else "")
-    path = "generic" if chip == "sm_75" else "sm80"
+    path = {"sm_75": "generic", "sm_90a": "sm90"}.get(chip, "sm80")
     lengths = [min(documents or T, T - begin) for begin in range(0, T, documents or T)]
     product = 0 if path == "generic" else H * D * sum(n * (n + 1) for n in lengths)  # FLOPs of what the masks leave
     compute = F64 if dtype == F64 else F32
@@ -67,7 +68,8 @@ def of(
         least = least_bytes(direction, 1, T, T, H, KV, D, dtype)
         return Case(f"attention_{direction}", what, path, arguments, least, most, None, products * product, chip)
 
-    return [case("forward", forward, 2, most[0]), case("backward", backward, 5, most[1])]
+    found = [case("forward", forward, 2, most[0]), case("backward", backward, 5, most[1])]
+    return found[:1] if chip == "sm_90a" else found
 
 
 def decoding(B: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype, most: float) -> Case:
@@ -90,6 +92,9 @@ def cases() -> list[Case]:
     for dtype in (BF16, F16):
         found += [case for D in (64, 96, 128) for case in of(192, 2, 1, D, dtype, chip="sm_80")]
         found += [case for D in (96, 128) for case in of(192, 2, 1, D, dtype, chip="sm_86")]
+        found += [case for D in (64, 96, 128) for case in of(192, 2, 1, D, dtype, chip="sm_90a")]
+    found += of(1024, 1, 1, 64, BF16, chip="sm_90a", most=(2.8, None))
+    found += of(192, 2, 1, 64, BF16, chip="sm_90a", documents=50)
     found += of(192, 2, 1, 64, BF16, chip="sm_80", documents=50)
     found += of(192, 2, 1, 128, BF16, chip="sm_86", documents=50)
     for dtype in (BF16, F16, F32):

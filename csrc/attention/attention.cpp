@@ -4,6 +4,7 @@
 #include "attention/attention.h"
 
 #include <tuple>
+#include <utility>
 
 #include "host/path.h"
 #include "host/tensor.h"
@@ -17,7 +18,7 @@ struct Choice {
 };
 
 AttentionPath remember(const char* entry, Choice choice) {
-  const char* const names[] = {"generic", "decode", "sm80"};  // in the order of AttentionPath
+  const char* const names[] = {"generic", "decode", "sm80", "sm90"};  // in the order of AttentionPath
   remember_path(entry, names[int(choice.path)], choice.reason);
   return choice.path;
 }
@@ -44,6 +45,27 @@ const char* against_sm80(const AttentionPlan& plan, const Heads&... heads) {
   return found.reason();
 }
 
+// Why a call that tensor cores serve cannot go by TMA, or null.
+const char* against_sm90(const AttentionForward& p) {
+  const AttentionPlan& plan = p.plan;
+  HeadsAlignment found(plan.dtype, plan.width);
+  if (plan.keys == 0) found.note("no keys");
+  // Values that no query sees are multiplied by zeros: those beyond a length may be anything, NaN too.
+  if (plan.kv_lengths) found.note("lengths of keys");
+  const auto check = [&](const ConstHeads& of, int tokens, int heads) {
+    const std::pair<int64_t, int64_t> dimensions[] = {
+        {plan.batches, of.batch}, {tokens, of.token}, {heads, of.head}};
+    for (const auto& [size, stride] : dimensions) {
+      if (size > 1 && stride < plan.width) found.note("rows of a tensor overlap");
+      if (stride * bytes_of(plan.dtype) >= int64_t(1) << 40) found.note("rows are too far apart for TMA");
+    }
+  };
+  check(p.q, plan.queries, plan.heads);
+  check(p.k, plan.keys, plan.kv_heads);
+  check(p.v, plan.keys, plan.kv_heads);
+  return found.reason();
+}
+
 const char* against_decoding(const AttentionForward& p) {
   const AttentionPlan& plan = p.plan;
   HeadsAlignment found(plan.dtype, plan.width);
@@ -63,7 +85,9 @@ Choice choose_path(const AttentionForward& p) {
   if (!decoding) return {AttentionPath::decode, "few queries"};
   if (!attention_sm80_serves_chip()) return {AttentionPath::generic, decoding};
   if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v)) return {AttentionPath::generic, reason};
-  return {AttentionPath::sm80, "16 bits, on tensor cores"};
+  if (!attention_sm90_serves_chip()) return {AttentionPath::sm80, "16 bits, on tensor cores"};
+  if (const char* reason = against_sm90(p)) return {AttentionPath::sm80, reason};
+  return {AttentionPath::sm90, "16 bits, by TMA and wgmma"};
 }
 
 Choice choose_path(const AttentionBackward& p) {
@@ -167,8 +191,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
   if (exact) p.lse_rest = static_cast<float*>(call.out(lse_rest, "lse_rest"));
   const AttentionPath path = remember("attention_forward", choose_path(p));
   if (path != AttentionPath::decode) {
-    path == AttentionPath::sm80 ? launch_attention_forward_sm80(p, call.stream())
-                                : launch_attention_forward_generic(p, call.stream());
+    const auto launch = path == AttentionPath::sm90   ? launch_attention_forward_sm90
+                        : path == AttentionPath::sm80 ? launch_attention_forward_sm80
+                                                      : launch_attention_forward_generic;
+    launch(p, call.stream());
     return {o, lse, lse_rest};
   }
   p.splits = attention_decode_splits(p.plan);

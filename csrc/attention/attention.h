@@ -46,9 +46,9 @@ struct AttentionBackward {
   int32_t* visible = nullptr;    // (B, ceil(Tq / kFewestSm80Queries), 4): workspace where there are documents
 };
 
-// generic: any dtype, width and alignment. decode: few queries against many keys. sm80: tensor cores, 16 bits.
-// attention.cpp: choose_path.
-enum class AttentionPath { generic, decode, sm80 };
+// generic: any dtype, width and alignment. decode: few queries against many keys. sm80: tensor cores, 16 bits. sm90:
+// likewise, by TMA and wgmma; the forward alone. attention.cpp: choose_path.
+enum class AttentionPath { generic, decode, sm80, sm90 };
 
 // What decoding serves besides: 16-byte accesses, no documents, no float64.
 constexpr int kMostDecodeQueries = 8;
@@ -58,6 +58,9 @@ constexpr int kWidestDecodeHead = 512;  // bytes: one vector for each lane of a 
 constexpr int kWidestSm80Head = 128;
 constexpr int kFewestSm80Queries = 32;  // of a tile of the backward
 bool attention_sm80_serves_chip();  // the current device
+
+// The sm_90 path serves what the sm_80 path does where the TMA unit can find the tensors.
+bool attention_sm90_serves_chip();  // the current device; it alone, for newer chips have no wgmma
 
 // Over how many blocks the backward on the sm_80 path splits the keys of a head.
 int attention_backward_splits(const AttentionPlan& plan);
@@ -69,6 +72,7 @@ int attention_decode_splits(const AttentionPlan& plan);
 void launch_attention_forward_generic(const AttentionForward& p, Stream stream);
 void launch_attention_decode(const AttentionForward& p, Stream stream);
 void launch_attention_forward_sm80(const AttentionForward& p, Stream stream);
+void launch_attention_forward_sm90(const AttentionForward& p, Stream stream);
 
 void launch_attention_delta(const AttentionBackward& p, Stream stream);  // first, whichever path follows
 void launch_attention_backward_generic(const AttentionBackward& p, Stream stream);

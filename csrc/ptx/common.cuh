@@ -19,12 +19,17 @@
 
 namespace fastgpt {
 
-// Whether what is being compiled is for a chip with sm_80's instructions. A kernel that needs them ends where it is
-// false, so that no time is spent on the rest.
+// Whether what is being compiled is for a chip with sm_80's instructions, and with Hopper's. A kernel that needs them
+// ends where it is false, so that no time is spent on the rest.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kForSm80 = false;
 #else
 constexpr bool kForSm80 = true;
+#endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kForSm90 = false;
+#else
+constexpr bool kForSm90 = true;
 #endif
 
 }  // namespace fastgpt

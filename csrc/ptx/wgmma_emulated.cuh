@@ -26,6 +26,12 @@ FASTGPT_PTX void wgmma_wait() {
   emulator::wgmma_wait(kGroupsLeft);
 }
 
+// The compiler's business alone.
+template <int kCount>
+FASTGPT_PTX void pin_registers(float (&)[kCount]) {}
+template <int kCount>
+FASTGPT_PTX void pin_registers(uint32_t (&)[kCount][4]) {}
+
 template <Major kA = Major::k, Major kB = Major::k, int kCount>
 FASTGPT_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate, Bf16) {
   emulator::wgmma(emulator::MatrixType::bf16, 2 * kCount, d, nullptr, a, b, accumulate, kA == Major::mn,

@@ -27,6 +27,20 @@ FASTGPT_PTX void wgmma_wait() {
   FASTGPT_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory"));
 }
 
+// The compiler moves no use of these registers past this place, and it emits nothing: it does not know that a wgmma
+// goes on after its line, until a wait. Before a fence for what a wgmma reads or adds to, and after the wait for its
+// results.
+template <int kCount>
+FASTGPT_PTX void pin_registers(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) :: "memory");
+}
+template <int kCount>
+FASTGPT_PTX void pin_registers(uint32_t (&registers)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(registers[i / 4][i % 4]) :: "memory");
+}
+
 // The lists of registers of the instruction for each width; asm wants them spelled out.
 #define FASTGPT_REGISTERS_4 "%0, %1, %2, %3"
 #define FASTGPT_REGISTERS_8 FASTGPT_REGISTERS_4 ", %4, %5, %6, %7"

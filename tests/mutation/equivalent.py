@@ -32,6 +32,13 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
         "for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);",
     ): "queries that see something follow on those of a gap, so all of these exist; the helper has other callers",
+    (
+        "csrc/attention/tiles_sm90.cuh, take: barrier_sync(kFirstBarrier + member, 2 * kWarpgroup);",
+        "csrc/attention/forward_sm90.cu, consume: turns.take(tile);",
+        "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();",
+        "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: "
+        "consume<Tile>(shared, p, powers, maps, block, keys, keys_of_block);",
+    ): "turns are there for speed; a warpgroup that has no more tiles need not wait for one",
 }
 
 # Kinds of sites that order nothing in the emulator by themselves (docs/emulator.md, "What it cannot show").

@@ -4,6 +4,8 @@ blocks that come to further tiles of keys and of queries."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,35 @@ def tensor_cores(
     return Scenario(f"attention of {batches} x {T} {what} on tensor cores, {heads} heads of {D}, {chip}", run, chip)
 
 
+def hopper(
+    T: int,
+    heads: tuple[int, int],
+    D: int,
+    *,
+    more_keys: int = 0,
+    documents: tuple[int, ...] = (),
+    late: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    **masks: Any,
+) -> Scenario:
+    """The forward of T tokens, against these and `more_keys` before them, or on documents that begin there; the first
+    `late` tokens see no more than the end."""
+
+    def run() -> list[Tensor]:
+        q = randn(1, T, heads[0], D, dtype=dtype)
+        k, v = (randn(1, T + more_keys, heads[1], D, dtype=dtype, seed=seed) for seed in (1, 2))
+        options = dict(masks)
+        if documents:
+            start, end = ops.document_bounds(torch.tensor([*documents, T]), 1, T)
+            start[:, :late] = T - 64
+            options |= dict(doc_start=start, doc_end=end)
+        with torch.no_grad():
+            return list(ops.attention(q, k, v, return_lse=True, **options))
+
+    what = f"documents from {documents}" if documents else f"{more_keys} more keys"
+    return Scenario(f"attention of {T} tokens on Hopper, {what}, {heads} heads of {D}, {masks}", run)
+
+
 SCENARIOS = [
     attention(70, (2, 1), 5, torch.bfloat16),
     attention(9, (1, 1), 70, torch.float32),  # two steps of the products, two chunks of a result
@@ -71,4 +102,13 @@ SCENARIOS = [
     tensor_cores(140, (1, 1), 8, batches=8),  # one block for each head, and two tiles of keys
     tensor_cores(140, (1, 1), 8, batches=8, documents=70),
     tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
+    hopper(20, (1, 1), 8, more_keys=3),  # half a tile; a warpgroup without queries
+    hopper(100, (1, 1), 72, more_keys=330),  # whole tiles, a ring that comes round, half a tile at the end
+    hopper(140, (2, 1), 120, more_keys=400, window=150, dtype=torch.float16),
+    # One warpgroup is done, after half a tile, two, one and a half, or has not begun, and the other one goes on.
+    hopper(500, (1, 1), 8, documents=(0, 64), causal=False),
+    hopper(700, (1, 1), 8, documents=(0, 100, 320), causal=False),
+    hopper(700, (1, 1), 8, documents=(0, 192), causal=False),
+    hopper(512, (1, 1), 8, documents=(0, 448)),
+    hopper(500, (1, 1), 16, documents=(0,), late=64, causal=False),
 ]
