@@ -534,6 +534,7 @@ INSTANTIATIONS = {
     "embedding": 24,
     "adamw": 7,
     "grad_norm": 4,
+    "attention": 46,
 }
 
 

@@ -397,6 +397,16 @@ def test_steps_are_timed_when_the_machine_has_warmed_up():
     assert progress.step == timer.first + 4 and progress.seconds - 1.0 >= 2.0
 
 
+def test_steps_on_a_busy_machine_are_not_timed_for_minutes():
+    timer, progress = _StepTimer(steps=20, warm_up=2.0), Progress()
+    with pytest.raises(Enough):
+        for _ in range(1000):
+            progress.step += 1
+            progress.seconds += 8.0
+            timer.on_step(SimpleNamespace(progress=progress), {})
+    assert timer.mean == 8.0 and progress.step == timer.first + 2
+
+
 # ---- the terminal ------------------------------------------------------------------------------
 
 

@@ -116,8 +116,10 @@ def test_sizes_are_said_and_the_large_build_is_warned_of(environment, capsys, tm
     assert capsys.readouterr().out == (
         "  2 packages, 192 MB and 1 of unknown size: torch 2.13.0+cpu (192 MB), numpy 2.4.6\n"
     )
-    environment.announce([("torch", "2.13.0", 527_000_000), ("nvidia-cublas", "13", 423_000_000)], gpu=False)
+    environment.announce([("torch", "2.13.0", 527_000_000), ("nvidia-cudnn-cu13", "9", 423_000_000)], gpu=False)
     assert "only the CUDA build" in capsys.readouterr().out
+    environment.announce([("nvidia-cuda-nvdisasm", "13", 5_200_000), ("pytest", "9", 400_000)], gpu=False)
+    assert "only the CUDA build" not in capsys.readouterr().out  # tools that the tests take
     environment.announce(cpu, gpu=True)
     assert "only the CPU build" in capsys.readouterr().out
 
@@ -144,7 +146,7 @@ def test_make_alone_lists_the_commands():
 
 
 def test_make_kernels_fails_where_a_kernel_is_wrong():
-    done = subprocess.run(["make", "-n", "kernels"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "--no-print-directory", "-n", "kernels"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/kernel_minute.py --unless-gpu"
 
 

@@ -214,7 +214,7 @@ def announce(packages: list[tuple[str, str, Optional[int]]], gpu: bool) -> None:
     sizes = f"{megabytes(total)}{f' and {unknown} of unknown size' if unknown else ''}"
     say(f"  {len(packages)} packages, {sizes}: {names}{', ...' if len(packages) > len(largest) else ''}")
     torch = next((version for name, version, _ in packages if name == "torch"), "")
-    cuda = any(name.startswith("nvidia-") for name, _, _ in packages)
+    cuda = any(name.startswith("nvidia-cudnn") for name, _, _ in packages)  # which torch alone needs
     if cuda and not gpu:
         say(
             "  There is no NVIDIA GPU here, but pip's configured indexes have only the CUDA build of torch: it works,\n"
@@ -283,7 +283,7 @@ def main(level: str) -> None:
         return
     started = time.monotonic()
     kind = "an NVIDIA GPU" if gpu else "no NVIDIA GPU"
-    say(f"Setting up .venv for `make {level}`: Python {sys.version.split()[0]}, {kind}")
+    say(f"Setting up .venv with what `make {level}` needs: Python {sys.version.split()[0]}, {kind}")
     make_venv()
     constraints = ["-c", str(ROOT / "constraints.txt")]
     install([*constraints, *BUILD_TOOLS])

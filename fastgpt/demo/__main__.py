@@ -184,6 +184,8 @@ class Demo:
 
     def plan(self) -> None:
         """Times a few steps and fixes the number of all of them."""
+        from ..estimate import load_warning
+        from ..machine import OtherLoad
         from .speed import WARM_UP_SECONDS, seconds_per_step
 
         train = self.settings.train
@@ -193,9 +195,12 @@ class Demo:
             out_dir=str(self.folder),
             device=str(self.device),
         )
+        others = OtherLoad()
         with self.screen.busy(f"timing {TIMED_STEPS} steps"):
             warm_up = min(WARM_UP_SECONDS, WARM_UP_SHARE * self.seconds)
             timed, precision = seconds_per_step(self.train_config, TIMED_STEPS, warm_up)
+        for warning in load_warning(self.device, others.cores()):
+            self.screen.line("warning", warning)
         each = timed / SUSTAINED
         tokens = self.dataset.split("train").tokens
         passes = math.ceil(self.settings.most_passes * tokens / train.batch_tokens)
@@ -218,7 +223,7 @@ class Demo:
         )
         self.screen.line(
             "plan",
-            f"{TIMED_STEPS} steps took {1000 * timed:.1f} ms each, {1000 * each:.1f} are reckoned with: {steps:,} of "
+            f"steps took {1000 * timed:.1f} ms each, {1000 * each:.1f} are reckoned with: {steps:,} of "
             f"{train.batch_tokens:,} tokens {reason}",
         )
 

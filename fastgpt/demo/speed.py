@@ -15,6 +15,7 @@ from ..train import Callback, Trainer
 WARM_UP_STEPS = 3
 WARM_UP_SECONDS = 4.0  # before steps are timed: memory is taken, and a processor's first burst of speed is over
 LR = 1e-3  # of both loops: the speed does not depend on it as long as nothing overflows
+MOST_SECONDS = 15.0  # that steps are timed for, however few they are
 SLICE_SECONDS = 0.75
 
 
@@ -36,7 +37,8 @@ class Enough(Exception):
 
 
 class _StepTimer(Callback):
-    """Times `steps` steps as the trainer counts its seconds, once it has trained for `warm_up` of them."""
+    """Times `steps` steps, or as many as end in MOST_SECONDS, as the trainer counts its seconds, once it has trained for
+    `warm_up` of them."""
 
     def __init__(self, steps: int, warm_up: float):
         self.steps, self.warm_up = steps, warm_up
@@ -47,13 +49,13 @@ class _StepTimer(Callback):
         if self.first is None:
             if step >= WARM_UP_STEPS and seconds >= self.warm_up:
                 self.first, self.began = step, seconds
-        elif step == self.first + self.steps:
-            self.mean = (seconds - self.began) / self.steps
+        elif step == self.first + self.steps or seconds - self.began >= MOST_SECONDS:
+            self.mean = (seconds - self.began) / (step - self.first)
             raise Enough
 
 
 def seconds_per_step(config: TrainConfig, steps: int, warm_up: float = WARM_UP_SECONDS) -> tuple[float, str]:
-    """The mean of `steps` steps, after `warm_up` seconds of training that do not count, and the precision used.
+    """The mean of `steps` steps, or of fewer that take MOST_SECONDS, after `warm_up` seconds of training that do not count, and the precision used.
 
     Raises KeyboardInterrupt if the user interrupts it.
     """

@@ -61,6 +61,8 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
 
 def test_non_finite(approximate: str, device: str) -> None:
     def torchs(x: Tensor) -> Tensor:
+        if native.select(x, "gelu") is not None:  # the kernels: with AVX-512 torch's float32 is NaN at +inf
+            return F.gelu(x.double(), approximate=approximate).to(x.dtype)
         return F.gelu(x, approximate=approximate)
 
     checks.check_poisoned_rows(
