@@ -37,8 +37,8 @@ class Enough(Exception):
 
 
 class _StepTimer(Callback):
-    """Times `steps` steps, or as many as end in MOST_SECONDS, as the trainer counts its seconds, once it has trained for
-    `warm_up` of them."""
+    """Times `steps` steps, or as many as end in MOST_SECONDS, as the trainer counts its seconds, once it has trained
+    for `warm_up` of them."""
 
     def __init__(self, steps: int, warm_up: float):
         self.steps, self.warm_up = steps, warm_up
@@ -55,9 +55,9 @@ class _StepTimer(Callback):
 
 
 def seconds_per_step(config: TrainConfig, steps: int, warm_up: float = WARM_UP_SECONDS) -> tuple[float, str]:
-    """The mean of `steps` steps, or of fewer that take MOST_SECONDS, after `warm_up` seconds of training that do not count, and the precision used.
+    """The mean of `steps` steps, or of fewer that take MOST_SECONDS, and the precision used.
 
-    Raises KeyboardInterrupt if the user interrupts it.
+    `warm_up` seconds of training before them do not count. Raises KeyboardInterrupt if the user interrupts it.
     """
     timer = _StepTimer(steps, warm_up)
     precision = _scratch_run(config, timer)
