@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from fastgpt import ModelConfig, TrainConfig, Trainer, native, train
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
+from fastgpt.model import ops_of
 from fastgpt.native import loading, schemas, toolchain
 from tests.fake_cuda import ACCUMULATION, CASES, LAYERS, PLANTS, STEPS
 from tests.native_cases import ROOT, built
@@ -112,20 +114,33 @@ STYLES = {
 
 @pytest.mark.parametrize(("style", "precision"), [("gpt2", "bfloat16"), ("llama", "float32")])
 def test_twenty_steps_of_the_trainer(style: str, precision: str, tmp_path: Path) -> None:
-    """By the rule for loss curves: its largest deviation from the float64 run is at most twice the reference's own."""
+    """By the rule for loss curves: its largest deviation from the float64 run is at most twice the reference's own.
+
+    Every op that the model has runs its kernels, forward and backward, and no reference is called."""
     built("emulated")
     write_dataset(tmp_path / "data", text_ids(3000), text_ids(100, seed=1))
     library = loading.library("emulated")
     exact = losses(tmp_path, style, "float64", ())
     reference = losses(tmp_path, style, precision, ())
-    with kernels.Spy() as spy:
+    pages = {loading.SERVED_BY.get(op, op) for op in ops_of(ModelConfig(**STYLES[style]))}
+    modules = [importlib.import_module(f"fastgpt.ops.{page}") for page in pages]
+    with kernels.Spy() as spy, kernels.no_reference(*modules):
         found = losses(tmp_path, style, precision, library.ops)
+    entries = schemas.read_pages()
+    assert {page for page in entries if set(entries[page]) & set(spy.kernels)} == pages
+    for page in pages:
+        directions = [entry for entry in entries[page] if entry.rstrip("_").endswith(("_forward", "_backward"))]
+        called = [entry for entry in directions if entry in spy.kernels]
+        assert len({entry.rstrip("_").rpartition("_")[2] for entry in called}) == 2 or page in WHOLE, (page, called)
     op = {"gpt2": "layer_norm", "llama": "rms_norm"}[style]
     assert spy.kernels.count(f"{op}_forward") == spy.kernels.count(f"{op}_backward") == TRAINED * 2 * 3
     assert (spy.kernels.count("grad_norm"), spy.kernels.count("adamw_")) == (TRAINED, TRAINED * 2)
     assert exact[-1] < exact[0] - 0.5, "it learns"
     largest = {name: (run - exact).abs().max().item() for name, run in (("ours", found), ("torch", reference))}
     assert largest["ours"] <= 2 * largest["torch"], largest
+
+
+WHOLE = ("cross_entropy", "adamw", "grad_norm")  # both directions in one entry, or none
 
 
 def losses(folder: Path, style: str, precision: str, emulated: Any) -> torch.Tensor:
