@@ -304,7 +304,8 @@ def _about(head: list[str], library: dict[str, Any]) -> list[list[str]]:
     """Rows that begin with `head`: what a library was built from and for, what it has, or why it is in its state."""
     built = library["built"]
     if not built:
-        return [[*head, library["reason"]]]
+        reason = library["reason"].removeprefix(f"{library['library']} is not built").lstrip(";: ")  # the state says so
+        return [[*head, "; ".join(part for part in (reason, library["remedy"]) if part)]]
     by = [built["compiler"]] if "compiler" in built else []
     if "nvcc" in built:
         archs = f"{', '.join(built['archs'])} ({built['archs_from']})"
