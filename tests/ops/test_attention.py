@@ -1,8 +1,10 @@
 """Attention against the equations written out naively, on the edge cases that break kernels."""
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,34 @@ def naive(q: Tensor, k: Tensor, v: Tensor, *, causal=True, window=None, scale=No
     blind = hidden.all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(hidden & ~blind, -math.inf), -1)
     return (p @ v).masked_fill(blind, 0.0).transpose(1, 2)
+
+
+def naive_apart(bounds: tuple[Tensor, Tensor], **masks: Any) -> Callable[..., Tensor]:
+    """`naive` of each document by itself, as a function of q, k, v: (1, T, ...), with (doc_start, doc_end)."""
+    firsts = sorted(set(bounds[0][0].tolist()))
+    ranges = list(itertools.pairwise([*firsts, bounds[0].shape[1]]))
+    return lambda *qkv: torch.cat([naive(*(t[:, i:j] for t in qkv), **masks) for i, j in ranges], 1)
+
+
+def naive_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`naive` under the causal mask, and LSE (B, H, T) in the dtype of `attention`; as many queries as keys."""
+    s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) / math.sqrt(q.shape[-1])
+    lse = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf).logsumexp(-1)
+    return naive(q, k, v), lse if q.dtype == torch.float64 else lse.float()
+
+
+def check_that_only_who_sees_it_knows_of_what_is_not_finite() -> None:
+    """NaN in one query, inf in one key: on the path that serves 150 bf16 queries of width 64."""
+    q, k, v = inputs(1, 150, 150, 1, 1, 64, torch.bfloat16)
+    clean = attention(q, k, v)
+    q[0, 40, 0, 3] = math.nan
+    assert torch.equal(attention(q, k, v)[0, 39], clean[0, 39])
+    assert attention(q, k, v)[0, 40].isnan().all()
+    q, k, v = inputs(1, 150, 150, 1, 1, 64, torch.bfloat16)
+    k[0, 100] = math.inf  # scores of inf and -inf
+    o = attention(q, k, v)
+    assert torch.equal(o[:, :100], clean[:, :100])
+    assert torch.equal(o.isnan(), naive(q, k, v).isnan())
 
 
 def inputs(B=2, Tq=7, Tk=7, H=4, KV=2, D=8, dtype=torch.float64, device="cpu") -> list[Tensor]:

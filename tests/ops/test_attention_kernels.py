@@ -20,7 +20,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.model import GPT, KVCache
 from fastgpt.ops import attention, document_bounds
 from tests.ops import checks, kernels
-from tests.ops.test_attention import inputs, naive
+from tests.ops.test_attention import inputs, naive, naive_apart, naive_with_lse
 from tests.rule import assert_within_rule, check_by_rule, in_layout, outputs_and_gradients, upstream
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -135,13 +135,8 @@ def test_lse_by_the_rule() -> None:
         o, lse = attention(q, k, v, return_lse=True)
         return o, lse
 
-    def torchs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(q.shape[-1])
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        return naive(q, k, v), s.logsumexp(-1)
-
     for use in (None, [0], [1]):
-        check_by_rule(ours, torchs, inputs(2, 37, 37, D=16, dtype=F32), f"LSE, {use} used", use)
+        check_by_rule(ours, naive_with_lse, inputs(2, 37, 37, D=16, dtype=F32), f"LSE, {use} used", use)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------
@@ -200,15 +195,10 @@ def packed_in_tiles() -> tuple[Tensor, Tensor]:
 def test_documents_by_the_rule(masks: dict[str, Any]) -> None:
     start, end = packed_in_tiles()
 
-    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        firsts = sorted(set(start[0].tolist()))
-        ranges = zip(firsts, [*firsts[1:], 166], strict=True)
-        return torch.cat([naive(*(t[:, i:j] for t in (q, k, v)), **masks) for i, j in ranges], 1)
-
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, doc_start=start, doc_end=end, **masks)
 
-    check_by_rule(ours, apart, inputs(1, 166, 166, 2, 1, 32, F32), f"documents {masks}")
+    check_by_rule(ours, naive_apart((start, end), **masks), inputs(1, 166, 166, 2, 1, 32, F32), f"documents {masks}")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])

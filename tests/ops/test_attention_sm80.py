@@ -13,7 +13,13 @@ from torch import Tensor
 from fastgpt import native
 from fastgpt.ops import attention, document_bounds
 from tests.ops import kernels
-from tests.ops.test_attention import inputs, naive
+from tests.ops.test_attention import (
+    check_that_only_who_sees_it_knows_of_what_is_not_finite,
+    inputs,
+    naive,
+    naive_apart,
+    naive_with_lse,
+)
 from tests.rule import assert_within_rule, check_by_rule, in_layout, outputs_and_gradients, upstream
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -120,29 +126,14 @@ def test_nothing_to_do() -> None:
 def test_lse_by_the_rule(use: list[int] | None) -> None:
     """Beside O, and its gradient with O's and alone."""
 
-    def torchs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(q.shape[-1])
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        lse = s.logsumexp(-1)
-        return naive(q, k, v), lse if q.dtype == torch.float64 else lse.float()
-
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return attention(q, k, v, return_lse=True)
 
-    check_by_rule(ours, torchs, inputs(1, 77, 77, 2, 1, 16, BF16), f"LSE, {use} used", use)
+    check_by_rule(ours, naive_with_lse, inputs(1, 77, 77, 2, 1, 16, BF16), f"LSE, {use} used", use)
 
 
 def test_of_what_is_not_finite_only_those_who_see_it_know() -> None:
-    q, k, v = inputs(1, 150, 150, 1, 1, 64, BF16)
-    clean = attention(q, k, v)
-    q[0, 40, 0, 3] = math.nan
-    assert torch.equal(attention(q, k, v)[0, 39], clean[0, 39])
-    assert attention(q, k, v)[0, 40].isnan().all()
-    q, k, v = inputs(1, 150, 150, 1, 1, 64, BF16)
-    k[0, 100] = math.inf  # scores of inf and -inf
-    o = attention(q, k, v)
-    assert torch.equal(o[:, :100], clean[:, :100])
-    assert torch.equal(o.isnan(), naive(q, k, v).isnan())
+    check_that_only_who_sees_it_knows_of_what_is_not_finite()
 
 
 # ---- documents and lengths -------------------------------------------------------------------------------
@@ -157,15 +148,10 @@ def packed() -> tuple[Tensor, Tensor]:
 def test_documents_by_the_rule(masks: dict[str, Any]) -> None:
     start, end = packed()
 
-    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        firsts = sorted(set(start[0].tolist()))
-        ranges = zip(firsts, [*firsts[1:], 330], strict=True)
-        return torch.cat([naive(*(t[:, i:j] for t in (q, k, v)), **masks) for i, j in ranges], 1)
-
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, doc_start=start, doc_end=end, **masks)
 
-    check_by_rule(ours, apart, inputs(1, 330, 330, 2, 1, 16, BF16), f"documents {masks}")
+    check_by_rule(ours, naive_apart((start, end), **masks), inputs(1, 330, 330, 2, 1, 16, BF16), f"documents {masks}")
     assert kernels.last_path()[0] == "sm80"
 
 

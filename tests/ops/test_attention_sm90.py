@@ -21,7 +21,13 @@ from fastgpt.native import toolchain
 from fastgpt.ops import attention, document_bounds
 from tests.native_cases import built
 from tests.ops import kernels
-from tests.ops.test_attention import inputs, naive
+from tests.ops.test_attention import (
+    check_that_only_who_sees_it_knows_of_what_is_not_finite,
+    inputs,
+    naive,
+    naive_apart,
+    naive_with_lse,
+)
 from tests.rule import as_tuple, assert_within_rule, check_by_rule, in_layout
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -105,13 +111,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_lse_by_the_rule() -> None:
-    def torchs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(q.shape[-1])
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        lse = s.logsumexp(-1)
-        return naive(q, k, v), lse if q.dtype == torch.float64 else lse.float()
-
-    by_rule(inputs(1, 177, 177, 2, 1, 16, BF16), torchs, return_lse=True)
+    by_rule(inputs(1, 177, 177, 2, 1, 16, BF16), naive_with_lse, return_lse=True)
 
 
 def test_gradients_by_the_rule() -> None:
@@ -122,16 +122,7 @@ def test_gradients_by_the_rule() -> None:
 
 
 def test_of_what_is_not_finite_only_those_who_see_it_know() -> None:
-    q, k, v = inputs(1, 150, 150, 1, 1, 64, BF16)
-    clean = attention(q, k, v)
-    q[0, 40, 0, 3] = math.nan
-    assert torch.equal(attention(q, k, v)[0, 39], clean[0, 39])
-    assert attention(q, k, v)[0, 40].isnan().all()
-    q, k, v = inputs(1, 150, 150, 1, 1, 64, BF16)
-    k[0, 100] = math.inf  # scores of inf and -inf
-    o = attention(q, k, v)
-    assert torch.equal(o[:, :100], clean[:, :100])
-    assert torch.equal(o.isnan(), naive(q, k, v).isnan())
+    check_that_only_who_sees_it_knows_of_what_is_not_finite()
 
 
 # ---- documents -------------------------------------------------------------------------------------------
@@ -146,11 +137,7 @@ def packed() -> tuple[Tensor, Tensor]:
 def test_documents_by_the_rule(masks: dict[str, Any]) -> None:
     start, end = packed()
 
-    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        firsts = sorted(set(start[0].tolist()))
-        ranges = zip(firsts, [*firsts[1:], 330], strict=True)
-        return torch.cat([naive(*(t[:, i:j] for t in (q, k, v)), **masks) for i, j in ranges], 1)
-
+    apart = naive_apart((start, end), **masks)
     by_rule(inputs(1, 330, 330, 2, 1, 16, BF16), apart, doc_start=start, doc_end=end, **masks)
 
 
