@@ -478,6 +478,16 @@ def milliseconds_by_kernel(events: Iterable[Any]) -> Counter[str]:
     return totals
 
 
+def longest_kernels(events: Iterable[Any], how_many: int = 40) -> dict[str, list[float]]:
+    """What took longest on the GPU, by name: how often in a step, and the milliseconds of a step."""
+    calls: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for event in events:
+        calls[event.name] += 1
+        totals[event.name] += (event.time_range.end - event.time_range.start) / 1e3
+    return {name: [calls[name] / PROFILED_STEPS, ms / PROFILED_STEPS] for name, ms in totals.most_common(how_many)}
+
+
 class Profile(Callback):
     """Profiles a few steps after a few others, and says what it found."""
 
@@ -495,12 +505,13 @@ class Profile(Callback):
             self.profiler.stop()
             if self.on_gpu:
                 of_gpu = torch.autograd.DeviceType.CUDA
-                totals = milliseconds_by_kernel(e for e in self.profiler.events() if e.device_type == of_gpu)
+                events = [event for event in self.profiler.events() if event.device_type == of_gpu]
+                totals, kernels = milliseconds_by_kernel(events), longest_kernels(events)
             else:
-                totals = milliseconds_by_group(self.profiler.events())
+                totals, kernels = milliseconds_by_group(self.profiler.events()), {}
                 totals["outside torch"] = 1e3 * seconds - totals.total()
             each = {group: total / PROFILED_STEPS for group, total in totals.items()}
-            self.pipe.send({"precision": trainer.precision, "milliseconds": each})
+            self.pipe.send({"precision": trainer.precision, "milliseconds": each, "kernels": kernels})
             raise NoMore
 
 
@@ -654,8 +665,8 @@ def measure(arguments: argparse.Namespace) -> int:
     device = resolve_device(arguments.device)
     if arguments.nanogpt and not (arguments.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt {arguments.nanogpt}: no model.py there; expected a checkout of nanoGPT")
-    if arguments.profile and device.type != "cpu":
-        raise UserError(f"--profile measures a CPU, not {device}; give --device cpu")
+    if arguments.profile and device.type not in ("cpu", "cuda"):
+        raise UserError(f"--profile measures a CPU or a CUDA GPU, not {device}; give --device cpu")
     chosen = [] if arguments.loss_memory else chosen_shapes(device, arguments)
     loops, impossible = chosen_loops(device, arguments)
     if arguments.out:
