@@ -305,8 +305,8 @@ def count(case: Case) -> dict[str, Any]:
 # ---- the command -----------------------------------------------------------------------------------------
 
 
-def main(cases: list[Case], about: str, argv: list[str] | None = None) -> int:
-    """What a bench_<op>.py does with its cases."""
+def main(cases: list[Case], about: str, argv: list[str] | None = None, kernels: bool = True) -> int:
+    """What a bench_<op>.py does with its cases. Without kernels of ours in them there is nothing to count on a CPU."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--seconds", type=float, default=150.0, help="nothing is begun after these")
     parser.add_argument("--only", nargs="+", metavar="WORDS", help="cases with one of these in their names")
@@ -319,11 +319,15 @@ def main(cases: list[Case], about: str, argv: list[str] | None = None) -> int:
             print("benchmark: error: no case has such a name", file=sys.stderr)
             return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not kernels:
+        print("without a GPU there is nothing to show: no kernels of ours take part in it")
+        return 0
     facts = {"machine": harness.machine(device)}
     try:
         if device == "cuda":
-            unserved = {case.op for case in cases} - native.cuda_ops()
-            native.select(torch.empty(1, device=device), cases[0].op)  # says what is wrong with the kernels
+            unserved = {case.op for case in cases} - native.cuda_ops() if kernels else set()
+            if kernels:
+                native.select(torch.empty(1, device=device), cases[0].op)  # says what is wrong with the kernels
             if unserved:
                 raise UserError(f"no CUDA kernels of {', '.join(sorted(unserved))}; `fastgpt doctor` says why")
             clock = Clock()

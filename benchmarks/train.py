@@ -16,7 +16,8 @@ fastgpt with the demo's architecture. All see the same batches in the same order
 Each loop is a process of its own (what one tells the allocator, the others do not notice), and only one works at a
 time. A turn is a few steps; each round gives every loop a turn, in an order that moves on by one. The first rounds warm
 up. A speed is the median over the rounds, a ratio the median of the rounds' ratios: what slows the machine down for a
-while slows all of them. On a GPU everything is in bf16, and peak memory is the GPU's.
+while slows all of them. On a GPU everything is in bf16, and peak memory is the GPU's. The time to the first step begins
+with the loop's process: imports, building and compiling are in it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from fastgpt.data import Batches, Dataset, adopt_shards
 from fastgpt.demo import settings
 from fastgpt.demo.plain_gpt import PlainGPT, PlainLoop
 from fastgpt.errors import UserError
+from fastgpt.flops import flops_per_token, peak_flops
 from fastgpt.precision import resolve_device
 from fastgpt.tokenizer import PATTERN, Tokenizer
 from fastgpt.train import Callback, Trainer
@@ -284,8 +286,10 @@ def compare(
         for loop in loops:  # one after the other: fastgpt measures the precisions meanwhile
             show_progress(f"{shape.name}: {loop.name} gets ready")
             work = (train, loop, shape, device, folder, arguments.nanogpt)
+            began = time.perf_counter()
             workers[loop.name] = stack.enter_context(Worker(loop.name, *work))
             found[loop.name] = {**workers[loop.name].answer(), "turns": []}
+            found[loop.name]["ready_seconds"] = time.perf_counter() - began
         rounds = arguments.warm_up + arguments.rounds
         latest: dict[str, str] = {}
         for number in range(rounds):
@@ -315,8 +319,10 @@ def leave_out(loop: Loop, reason: str, left_out: dict[str, str]) -> None:
     left_out[loop.name] = reason
 
 
-def summarise(found: dict[str, dict[str, Any]], loops: list[Loop], shape: Shape, warm_up: int) -> dict[str, Any]:
-    """Adds medians, ratios, memory and losses to what was found. Returns the names of the loops compared with."""
+def summarise(
+    found: dict[str, dict[str, Any]], loops: list[Loop], shape: Shape, warm_up: int, device: torch.device
+) -> dict[str, Any]:
+    """Adds medians, ratios, MFU, memory and losses to what was found. Returns the names of the loops compared with."""
     times = {
         name: [statistics.mean(turn["seconds"]) for turn in facts["turns"][warm_up:]] for name, facts in found.items()
     }
@@ -330,6 +336,7 @@ def summarise(found: dict[str, dict[str, Any]], loops: list[Loop], shape: Shape,
         "best eager": fastest(loop for loop in loops if loop.eager),
         "best compiled": fastest(loop for loop in loops if loop.compiled),
     }
+    peak, archs = peak_flops(device), {loop.name: loop.arch for loop in loops}
     for name, facts in found.items():
         seconds = statistics.median(times[name])
         facts["ms_per_step"] = 1e3 * seconds
@@ -339,7 +346,10 @@ def summarise(found: dict[str, dict[str, Any]], loops: list[Loop], shape: Shape,
             for label, other in references.items()
             if other is not None
         }
+        if peak:
+            facts["mfu"] = flops_per_token(shape.model(archs[name])) * facts["tokens_per_second"] / peak
         facts["first_step_seconds"] = facts["turns"][0]["seconds"][0]
+        facts["seconds_to_first_step"] = facts["ready_seconds"] + facts["first_step_seconds"]
         facts["peak_mib"] = facts["turns"][-1]["peak_mib"]
         facts["first_loss"] = facts["turns"][0]["losses"][0]
         facts["last_loss"] = facts["turns"][-1]["losses"][-1]
@@ -356,16 +366,17 @@ def print_table(found: dict[str, dict[str, Any]], references: dict[str, Any], sh
     width = max(map(len, found))
     print(
         f"  {'':{width}}  {'precision':>9} {'ms/step':>9} {'tokens/s':>9} {'x fp32':>7} {'x eager':>7} "
-        f"{'peak MiB':>9} {'1st step s':>10} {'loss':>8}"
+        f"{'MFU':>6} {'peak MiB':>9} {'to step 1, s':>12} {'loss':>8}"
     )
     for name, facts in found.items():
         ratios = [facts["speed_beside"].get(label) for label in ("fp32", "best eager")]
         shown = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         peak = "-" if facts["peak_mib"] is None else f"{facts['peak_mib']:.0f}"
+        mfu = f"{facts['mfu']:.1%}" if "mfu" in facts else "-"
         print(
             f"  {name:{width}}  {facts['precision']:>9.9} {facts['ms_per_step']:9.1f} "
-            f"{facts['tokens_per_second']:9.0f} {shown[0]:>7} {shown[1]:>7} {peak:>9} "
-            f"{facts['first_step_seconds']:10.2f} {facts['last_loss']:8.4f}"
+            f"{facts['tokens_per_second']:9.0f} {shown[0]:>7} {shown[1]:>7} {mfu:>6} {peak:>9} "
+            f"{facts['seconds_to_first_step']:12.1f} {facts['last_loss']:8.4f}"
         )
     for name, facts in found.items():
         if name.startswith("fastgpt"):
@@ -611,7 +622,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5, help="that count")
     parser.add_argument("--warm_up", type=positive, default=1, help="rounds before those")
     parser.add_argument("--arch", nargs="+", choices=["gpt2", "llama"], default=["gpt2"], help="of fastgpt's model")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: its time is in the first step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT, to compare with it too")
     parser.add_argument("--only", nargs="+", metavar="LOOP", help="these alone, named as in the table")
     parser.add_argument("--profile", action="store_true", help="instead, where the time of fastgpt's step goes")
@@ -689,7 +700,7 @@ def measure(arguments: argparse.Namespace) -> int:
             found = compare(loops, shape, device, Path(folder), arguments, left_out)
         if not found:
             raise UserError("no loop is left to compare")
-        references = summarise(found, loops, shape, arguments.warm_up)
+        references = summarise(found, loops, shape, arguments.warm_up, device)
         print_table(found, references, shape)
         in_order &= losses_in_order(found)
         result.setdefault("shapes", {})[shape.name] = {

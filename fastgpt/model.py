@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import native, ops
 from .config import ModelConfig
+from .linear import Linear
 
 INIT_STD = 0.02
 
@@ -80,8 +81,8 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.window, self.dropout = config.window, config.dropout
         heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.linear_bias)
+        self.qkv = Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.linear_bias)
         self.rotary = config.positions == "rope"
         self.eps = config.norm_eps
         self.q_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
@@ -123,8 +124,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation, self.dropout = config.activation, config.dropout
         width = config.ffn_width * (2 if config.activation == "swiglu" else 1)
-        self.up = nn.Linear(config.n_embd, width, bias=config.linear_bias)
-        self.down = nn.Linear(config.ffn_width, config.n_embd, bias=config.linear_bias)
+        self.up = Linear(config.n_embd, width, bias=config.linear_bias)
+        self.down = Linear(config.ffn_width, config.n_embd, bias=config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)

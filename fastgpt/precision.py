@@ -1,13 +1,16 @@
-"""Where a run computes and in which dtype; the choices that are made by measuring."""
+"""Where a run computes, in which dtype, and how; the choices that are made by measuring."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from .config import TrainConfig
 from .errors import UserError
+from .linear import FORMULATIONS, PLAIN, Linear, weight_gradient
 from .model import GPT
 
 
@@ -59,3 +62,72 @@ def measure_precision(config: TrainConfig, device: torch.device, repeats: int = 
             if turn:
                 seconds[name] = min(seconds[name], time.perf_counter() - began)
     return min(seconds, key=seconds.__getitem__), seconds
+
+
+# ---- weight gradients ------------------------------------------------------------------------------------
+
+# Another formulation than torch's own has to be this much faster: less could be chance.
+WORTH_IT = 1.03
+CALLS = 10
+
+Choice = dict[str, str]  # "768 x 3072", inputs and outputs of a layer -> one of FORMULATIONS
+
+
+def measure_weight_gradients(model: GPT, tokens: int, repeats: int = 3) -> tuple[Choice, dict[str, dict[str, float]]]:
+    """For each shape of the model's linear layers the formulation in which the gradient of its weight is computed
+    fastest here from `tokens` rows, and the seconds that each one took.
+
+    The quickest of `repeats` after a warm-up, the formulations in turn, to the dtype that gradients are summed up in. A
+    CPU takes torch's own without measuring: there all are alike.
+    """
+    if model.device.type == "cpu":
+        return {}, {}
+    found = {}
+    for layer in {shape_of(layer): layer for layer in linear_layers(model)}.values():
+        weight = layer.weight
+        draw = torch.Generator(weight.device).manual_seed(0)
+        x, d_y = (
+            torch.randn(tokens, width, generator=draw, device=weight.device).to(weight.dtype)
+            for width in (layer.in_features, layer.out_features)
+        )
+        dtype = getattr(weight, "grad_dtype", None) or weight.dtype
+        calls = {name: partial(weight_gradient, d_y, x, name, dtype) for name in FORMULATIONS}
+        found[shape_of(layer)] = quickest(calls, weight.device, repeats)
+    return {shape: worth_it(seconds) for shape, seconds in found.items()}, found
+
+
+def quickest(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """The seconds that each call takes: of CALLS in a row, the least of `repeats` turns."""
+    seconds = dict.fromkeys(calls, float("inf"))
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            torch.cuda.synchronize(device)
+            if turn:
+                seconds[name] = min(seconds[name], (time.perf_counter() - began) / CALLS)
+    return seconds
+
+
+def worth_it(seconds: dict[str, float]) -> str:
+    """The fastest formulation, or torch's own where it is about as fast."""
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[PLAIN] > WORTH_IT * seconds[best] else PLAIN
+
+
+def apply_weight_gradients(model: GPT, choice: Choice) -> None:
+    """As chosen, on a GPU, where the choice was made; elsewhere torch's own."""
+    if model.device.type == "cpu":
+        choice = {}
+    for layer in linear_layers(model):
+        layer.weight_gradient = choice.get(shape_of(layer), PLAIN)
+
+
+def linear_layers(model: GPT) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def shape_of(layer: Linear) -> str:
+    return f"{layer.in_features} x {layer.out_features}"

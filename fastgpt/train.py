@@ -31,7 +31,13 @@ from .machine import keep_freed_memory
 from .metrics import MetricsLog
 from .model import GPT, ops_of
 from .optim import build_optimizer
-from .precision import apply_precision, measure_precision, resolve_device
+from .precision import (
+    apply_precision,
+    apply_weight_gradients,
+    measure_precision,
+    measure_weight_gradients,
+    resolve_device,
+)
 from .resume import check_same_run, find_checkpoint
 from .schedule import learning_rate_scale
 from .step import Step
@@ -131,6 +137,12 @@ class Trainer:
                 self.precision, self.precision_seconds = measure_precision(config, self.device)
         draw = torch.Generator().manual_seed(config.seed)
         self.model = apply_precision(GPT(config.model, draw).to(self.device), self.precision)
+        if checkpoint is None:
+            tokens = config.micro_batch_size * config.model.block_size
+            self.weight_gradients, _ = measure_weight_gradients(self.model, tokens)
+        else:  # another formulation would give other bits
+            self.weight_gradients = checkpoint.state.get("weight_gradients", {})
+        apply_weight_gradients(self.model, self.weight_gradients)
         self.optimizer = build_optimizer(
             self.model,
             config.optim,
@@ -309,6 +321,7 @@ class Trainer:
         state = {
             "config": self.config.to_dict(),
             "precision": self.precision,
+            "weight_gradients": self.weight_gradients,
             "tokenizer_sha256": self.dataset.tokenizer_sha256,
             "dataset_sha256": self.dataset.meta["sha256"],
             "progress": vars(self.progress),

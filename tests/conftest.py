@@ -39,7 +39,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "mutation": (98, ("mutation/",)),
     "native": (62, ("test_native", "test_build", "test_module")),
     "steps": (52, ("test_kernel_steps",)),
-    "model": (28, ("test_model", "test_generate", "test_optim")),
+    "model": (28, ("test_model", "test_linear", "test_generate", "test_optim")),
     "train": (92, ("test_train", "test_checkpoint")),
     "chaos": (114, ("test_chaos",)),
     "data": (128, ("test_data_",)),

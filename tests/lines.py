@@ -20,10 +20,19 @@ LOST = re.compile(
     r"launch timed out|uncorrectable|device is unavailable|CUDA error: (?!out of memory)"
 )
 FILE = Path(os.environ.get("FASTGPT_LINES", os.devnull))
+sharing_out = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global sharing_out
+    sharing_out = bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def say(**facts: Any) -> None:
-    """Add a line to the file."""
+    """Add a line to the file. Where pytest-xdist shares the tests out each worker does, and not the process they
+    report to, which hears of everything later."""
+    if sharing_out:
+        return
     with FILE.open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts) + "\n")
 

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "fastgpt"
 LAYERS = [
     {"errors", "config", "files", "interrupts", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
-    {"ops", "tokenizer"},
+    {"ops", "linear", "tokenizer"},
     {"model", "optim", "data", "accuracy"},
     {"checkpoint", "generate", "evaluate", "precision"},
     {"metrics", "resume", "step"},

@@ -237,25 +237,29 @@ def test_a_benchmark_measures_the_checkout_that_it_is_in(name: str, tmp_path: Pa
     assert done.stdout.split() == [str(tmp_path / "fastgpt/__init__.py"), str(name != "bench_prepare")], done.stderr
 
 
-def test_ratios_are_of_the_same_round() -> None:
+def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is slower in the third round: every loop is, and no ratio shows it."""
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e9)
     loops = train.contenders(CPU, ["gpt2"], False, False)
     speed = dict(zip((loop.name for loop in loops), (1.0, 4.0, 2.0, 3.0), strict=True))
     found = {
         name: {
+            "ready_seconds": 7.0,
             "turns": [
                 {"seconds": [slow * seconds], "losses": [5.0 - turn], "peak_mib": 10.0 + turn}
                 for turn, slow in enumerate((100.0, 1.0, 1.5, 9.0))
-            ]
+            ],
         }
         for name, seconds in speed.items()
     }
-    references = train.summarise(found, loops, SHAPE, warm_up=1)
+    references = train.summarise(found, loops, SHAPE, 1, CPU)
     assert references == {"fp32": "plain fp32", "best eager": "plain bf16 autocast", "best compiled": None}
     ours = found["fastgpt"]
     assert ours["speed_beside"] == {"fp32": 4.0, "best eager": 2.0}
     assert ours["ms_per_step"] == 1500.0 and ours["tokens_per_second"] == 64 / 1.5
-    assert (ours["first_step_seconds"], ours["peak_mib"]) == (100.0, 13.0)
+    assert (ours["first_step_seconds"], ours["seconds_to_first_step"], ours["peak_mib"]) == (100.0, 107.0, 13.0)
+    weights = 16 * (16 * 3 + 16 + 2 * 64) + 16 * 300
+    assert round(ours["mfu"] * 1e9) == round(64 / 1.5 * (6 * weights + 12 * 16 * 8))  # of 16 tokens half are seen
     assert (ours["first_loss"], ours["last_loss"]) == (5.0, 2.0)
     assert statistics.median(facts["ms_per_step"] for facts in found.values()) == 3750.0
 

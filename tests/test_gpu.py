@@ -131,9 +131,12 @@ def test_z(): pass
 """
 
 
-def test_a_suite_goes_on_after_its_process(place: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_suite_goes_on_after_its_process(place: Path, workers: int) -> None:
     (place / "test_suite.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-p", "tests.lines", "-p", "no:cacheprovider", "--rootdir", str(place)]
+    if workers:
+        command += ["-n", str(workers), "--dist", "loadgroup"]
     stage = gpu.Stage("tests")
     gpu.STALL["tests"] = 60.0
     code = gpu.supervise(stage, [*command, str(place / "test_suite.py")], time.monotonic() + 60)
@@ -145,6 +148,44 @@ def test_a_suite_goes_on_after_its_process(place: Path) -> None:
     }  # fmt: skip
     assert stage.state == "failed"
     assert any("FAILED" in line and "assert 1 == 2" in line for line in gpu.summary(stage))
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+# In the place of benchmarks/train.py.
+TRAIN = """
+import json, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+if "--profile" in sys.argv:
+    found = {"profile": {"gpt2": {"fastgpt": {"milliseconds": {"GEMM": 40.0, "attention": 50.0}}}}}
+else:
+    loop = {"tokens_per_second": 1234.5, "ms_per_step": 2.5, "mfu": 0.5, "peak_mib": 3e3, "seconds_to_first_step": 9}
+    loops = {"fastgpt": loop, "compiled": loop} if "--compile" in sys.argv else {"fastgpt": loop}
+    found = {"shapes": {"gpt2": {"loops": loops}}}
+if "--nanogpt" in sys.argv:
+    time.sleep(60)
+open(out, "w").write(json.dumps(found))
+"""
+
+
+def test_training_keeps_what_it_found_before_the_end_of_its_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "benchmarks").mkdir()
+    (place / "benchmarks/train.py").write_text(TRAIN)
+    monkeypatch.setattr(gpu, "ROOT", place)
+    here = dict.fromkeys(("gpu", "triton", "tokenizers", "safetensors", "tomli_w"), True)
+    stage = gpu.Stage("training")
+    gpu.training(stage, here, time.monotonic() + 30)
+    said = list(gpu.summary(stage))
+    assert stage.state == "passed"
+    assert "a step of fastgpt, gpt2, profiled, ms: attention 50.00, GEMM 40.00" in said[1]
+    assert "gpt2, eager, fastgpt: 1,234 tokens/s, 2.50 ms, MFU 50.0%, 3,000 MiB, 9.0 s to the first step" in said[2]
+    assert "gpt2, peers, compiled" in said[4]
+    late = gpu.Stage("training")
+    gpu.training(late, {**here, "nanogpt": "somewhere"}, time.monotonic() + 2)
+    assert late.state == "incomplete" and list(late.data) == ["profile", "eager"]
+    assert late.results["peers"]["state"] == "not run"
+    with pytest.raises(gpu.Unfit, match="the trainer needs tomli-w: pip install tomli-w"):
+        gpu.training(gpu.Stage("training"), {**here, "tomli_w": False}, 0.0)
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------
@@ -166,7 +207,8 @@ def test_all_stages_and_the_table(place: Path, monkeypatch: pytest.MonkeyPatch, 
     """A GPU that is not there, vectors of which one disagrees, a benchmark that passes, takes too long or fails."""
     (place / "benchmarks").mkdir()
     (place / "benchmarks/bench_toy.py").write_text(BENCHMARK.replace("KIND", kind))
-    here = {"torch": True, "numpy": True, "pytest": False, "triton": False, "version": "2.11.0", "gpu": True,
+    here = {"torch": True, "numpy": True, "pytest": False, "tokenizers": True, "safetensors": True, "tomli_w": False,
+            "triton": False, "version": "2.11.0", "gpu": True,
             "name": "Toy H100", "ops": ["toy"], "libraries": [], "nvcc": "13.0", "driver": "12.8"}  # fmt: skip
     monkeypatch.setattr(gpu, "probe", lambda: here)
     monkeypatch.setattr(gpu, "machine", lambda _: {"commit": "abc"})
@@ -181,7 +223,7 @@ def test_all_stages_and_the_table(place: Path, monkeypatch: pytest.MonkeyPatch, 
     result = json.loads((place / "out.json").read_text())
     states = {name: stage["state"] for name, stage in result["stages"].items()}
     last = {"pass": "passed", "time.sleep(60)": "incomplete", "sys.exit(1)": "failed"}[kind]
-    assert states == {"vectors": "failed", "tests": "failed", "benchmarks": last}
+    assert states == {"vectors": "failed", "tests": "failed", "training": "failed", "benchmarks": last}
     assert result["machine"] == {"commit": "abc"} and result["probe"]["name"] == "Toy H100"
     assert "pytest is not installed: pip install pytest" in said
     assert "FAILED disagrees: its bits are not the recorded ones" in said

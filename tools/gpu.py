@@ -1,10 +1,11 @@
 """make gpu: what a GPU has to say about the kernels, in minutes.
 
-    python tools/gpu.py [--out FILE.json] [--seconds 480]
+    python tools/gpu.py [--out FILE.json] [--seconds 480] [--only STAGE ...] [--nanogpt PATH]
 
 1. vectors     every function of csrc/ptx against what the emulator recorded for it (tests/ptx)
-2. tests       those that need a GPU or run on one too (pytest -m gpu)
-3. benchmarks  of the ops, beside PyTorch, torch.compile and Liger, the copy bandwidth first (benchmarks/bench_*.py)
+2. tests       those that need a GPU or run on one too (pytest -m gpu), beside each other where pytest-xdist is there
+3. training    GPT-2's step and where its time goes, beside eager and compiled loops (benchmarks/train.py)
+4. benchmarks  of the ops, beside PyTorch, torch.compile and Liger, the copy bandwidth first (benchmarks/bench_*.py)
 
 The files that `make kernels` built are taken as they are: nothing is built, no toolkit is needed, and no package beside
 torch, numpy and pytest; torch.compile needs triton. Each stage is a process of its own with its own limit; what hangs
@@ -37,16 +38,19 @@ import harness  # noqa: E402 - found through the lines above
 
 LOGS = ROOT / "build" / "gpu"
 SECONDS = 480.0
-SHARES = {"vectors": 0.15, "tests": 0.45}  # at most, of all the time; what is left is the benchmarks'
+# At most, of all the time; what is left is the benchmarks'.
+SHARES = {"vectors": 0.1, "tests": 0.35, "training": 0.35}
 STALL = {"vectors": 30.0, "tests": 100.0}  # seconds for one of them, after which it hangs
 RESTARTS = 6
 FINISHED = (0, 1, 5)  # of pytest: passed, failed, none left. Anything else: it gave up, or died
+MOST_WORKERS = 10  # each has a context of its own on the GPU
 TAIL = 40  # lines of a log that are kept where a stage failed
 
 # What this machine has. Run by the interpreter that runs the stages.
 PROBE = """
 import importlib.metadata, importlib.util, json, sys
-found = {name: importlib.util.find_spec(name) is not None for name in ("torch", "numpy", "pytest", "triton")}
+packages = ("torch", "numpy", "pytest", "xdist", "triton", "tokenizers", "safetensors", "tomli_w")
+found = {name: importlib.util.find_spec(name) is not None for name in packages}
 if found["torch"]:
     import torch
     found |= {"version": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}
@@ -205,40 +209,74 @@ def tests(stage: Stage, here: dict[str, Any], deadline: float) -> None:
     # First the tests of the ops that have kernels, then those whose references run on the GPU.
     first = [*sorted((ROOT / "tests/ops").glob("test_*_gpu.py"))]
     first += [file for op in here.get("ops", []) if (file := ROOT / f"tests/ops/test_{op}.py").exists()]
-    chosen = ["-m", "gpu and not slow", *map(str, first), "tests/ops"]
+    chosen = ["-m", "gpu and not slow", *map(str, first), "tests/ops", "tests/test_step.py", "tests/test_linear.py"]
     if not here["gpu"]:
         chosen = ["-m", "not slow", *map(str, sorted((ROOT / "tests/ops").glob("test_*_kernels.py")))]
     command = [sys.executable, "-m", "pytest", "-p", "tests.lines", "-p", "no:cacheprovider", "--tb=short"]
+    workers = min(MOST_WORKERS, os.cpu_count() or 1) if here["gpu"] and here.get("xdist") else 0
+    if workers > 1:  # what takes time is the processor; tests that need the GPU's whole memory share one worker
+        command += ["-n", str(workers), "--dist", "loadgroup"]
     code = supervise(stage, [*command, *chosen], deadline)
     conclude(stage, code)
 
 
+def training(stage: Stage, here: dict[str, Any], deadline: float) -> None:
+    """The quick part first; with the compiled loops' minutes the rest of the time."""
+    if not here["gpu"]:
+        raise Unfit("without a GPU benchmarks/train.py measures the processor: run it by itself")
+    if missing := [name for name in ("tokenizers", "safetensors", "tomli_w") if not here[name]]:
+        raise Unfit(f"the trainer needs {', '.join(missing)}: pip install {' '.join(missing)}".replace("_", "-"))
+    shape = ["--shape", "gpt2", "--batch_size", "32", "--steps", "10", "--rounds", "3"]
+    peers = ["--compile"] if here["triton"] else []
+    if here.get("nanogpt"):
+        peers += ["--nanogpt", here["nanogpt"]]
+    parts = {"profile": [*shape[:4], "--profile"], "eager": shape, "peers": [*shape, *peers]}
+    if not peers:
+        del parts["peers"]
+    log = LOGS / "training.log"
+    log.unlink(missing_ok=True)
+    for name, arguments in parts.items():
+        out = LOGS / f"training-{name}.json"
+        out.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "benchmarks/train.py"), *arguments, "--out", str(out)]
+        run_within(stage, name, command, log, deadline)
+        if out.exists():
+            stage.data[name] = json.loads(out.read_text())
+    stage.log = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]) if log.exists() else ""
+    conclude(stage, None if stage.count("not run") else 0)
+
+
+def run_within(stage: Stage, name: str, command: list[str], log: Path, end: float) -> None:
+    """A part of a stage, ended where its time ends."""
+    began = time.monotonic()
+    with started(command, log) as process:
+        try:
+            code = process.wait(max(1.0, end - began))
+        except subprocess.TimeoutExpired:
+            code = None
+    state = "passed" if code == 0 else "not run" if code is None else "failed"
+    reason = {None: f"ended after {time.monotonic() - began:.0f} s", 0: ""}.get(code, f"it ended with code {code}")
+    stage.results[name] = {"state": state, "reason": reason}
+
+
 def benchmarks(stage: Stage, here: dict[str, Any], deadline: float) -> None:
     files = [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if "operations" in file.read_text()]
-    codes: list[int | None] = []
     log = LOGS / "benchmarks.log"
     log.unlink(missing_ok=True)
     for number, file in enumerate(files):
         out = LOGS / f"{file.stem}.json"
         out.unlink(missing_ok=True)
-        limit = (deadline - time.monotonic()) / (len(files) - number)
-        with started(
-            [sys.executable, str(file), "--seconds", f"{limit * 0.8 - 10:.0f}", "--out", str(out)], log
-        ) as run:
-            try:
-                codes.append(run.wait(max(limit, 1)))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
+        now = time.monotonic()
+        limit = (deadline - now) / (len(files) - number)
+        command = [sys.executable, str(file), "--seconds", f"{limit * 0.8 - 10:.0f}", "--out", str(out)]
+        run_within(stage, file.stem, command, log, now + limit)
         if out.exists():
             stage.data[file.stem] = json.loads(out.read_text())
-        state = "passed" if codes[-1] == 0 else "not run" if codes[-1] is None else "failed"
-        reason = {None: f"ended after {limit:.0f} s", 0: ""}.get(codes[-1], f"it ended with code {codes[-1]}")
-        stage.results[file.stem] = {"state": state, "reason": reason}
     stage.log = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]) if log.exists() else ""
-    conclude(stage, None if None in codes else 0)
+    conclude(stage, None if stage.count("not run") else 0)
 
 
-STAGES = {"vectors": vectors, "tests": tests, "benchmarks": benchmarks}
+STAGES = {"vectors": vectors, "tests": tests, "training": training, "benchmarks": benchmarks}
 
 
 def run(stage: Stage, here: dict[str, Any], deadline: float) -> None:
@@ -292,16 +330,34 @@ def summary(stage: Stage) -> Iterator[str]:
     if stage.state == "failed" and not failed:
         yield from (f"{'':11} | {line}" for line in stage.log.splitlines()[-8:])
     for name, data in stage.data.items():
+        yield from of_training(name, data)
         if name.startswith("bench_"):
             yield ""
             yield f"{name}:"
             yield from harness.count_table(data) if data.get("emulated") else harness.time_table(data)
 
 
+def of_training(name: str, data: dict[str, Any]) -> Iterator[str]:
+    """Lines of what benchmarks/train.py found, if it is that."""
+    for shape, found in data.get("profile", {}).items() if isinstance(data, dict) else ():
+        for loop, facts in found.items():
+            groups = sorted(facts["milliseconds"].items(), key=lambda item: -item[1])
+            yield f"{'':11} a step of {loop}, {shape}, profiled, ms: {', '.join(f'{g} {ms:.2f}' for g, ms in groups)}"
+    for shape, found in data.get("shapes", {}).items() if isinstance(data, dict) else ():
+        for loop, facts in found["loops"].items():
+            mfu = f", MFU {facts['mfu']:.1%}" if facts.get("mfu") else ""
+            peak = f", {facts['peak_mib']:,.0f} MiB" if facts["peak_mib"] else ""
+            yield (
+                f"{'':11} {shape}, {name}, {loop}: {facts['tokens_per_second']:,.0f} tokens/s, "
+                f"{facts['ms_per_step']:.2f} ms{mfu}{peak}, {facts['seconds_to_first_step']:.1f} s to the first step"
+            )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="the results; otherwise benchmarks/results/gpu-<device>.json")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, for the training to be beside it too")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES), help="some of the stages")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
@@ -311,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     except Unfit as unfit:
         print(f"fastgpt: error: {unfit}", file=sys.stderr)
         return 2
+    here["nanogpt"] = str(arguments.nanogpt.resolve()) if arguments.nanogpt else None
     where = here.get("name", "no GPU")
     print(f"{where}, torch {here['version']}, Python {sys.version.split()[0]}", flush=True)
     if here["gpu"]:

@@ -118,6 +118,7 @@ def test_the_norm_is_bitwise_the_same_250_times() -> None:
     assert different.item() == 0
 
 
+@pytest.mark.xdist_group("the GPU's memory")
 def test_more_than_two_billion_elements() -> None:
     """The last elements are what they are alone."""
     free, _ = torch.cuda.mem_get_info()

@@ -264,6 +264,7 @@ def test_replay_of_a_graph(D: int) -> None:
     assert kernels.same([x.clone() for x in captured], step())
 
 
+@pytest.mark.xdist_group("the GPU's memory")
 @TENSOR_CORES
 def test_more_than_two_billion_elements() -> None:
     """Of Q, K and V; the last sequence is what it is alone."""

@@ -209,6 +209,7 @@ def room_for(gigabytes: float) -> Iterator[None]:
     yield
 
 
+@pytest.mark.xdist_group("the GPU's memory")
 @BOTH
 @pytest.mark.parametrize("C", [4096, 4100 * 8 + 1])
 def test_more_than_two_billion_elements(op: str, C: int) -> None:
