@@ -1,22 +1,24 @@
 // Attention's forward on Hopper: bf16 and fp16, heads of up to 128, by TMA and wgmma. docs/attention.md draws it.
 //
-// A block has 128 queries of one head. Of its three warpgroups the last one is the producer: one thread of it has the
-// TMA unit bring Q, and then tile after tile of K and V into a ring of two stages. The others, the consumers, have 64
-// queries each. Their scores come by wgmma from shared memory; powers of these stay in the registers where they are,
-// and are the left operand of P V as they are; O stays in registers to the end, and leaves through Q's shared memory,
-// by TMA.
+// A tile of the grid is 128 queries of one head. Of a block's three warpgroups the last one is the producer: one thread
+// of it has the TMA unit bring Q, and then tile after tile of K and V into a ring of two stages. The others, the
+// consumers, have 64 queries each. Their scores come by wgmma from shared memory; powers of these stay in the registers
+// where they are, and are the left operand of P V as they are; O stays in registers to the end, and leaves through Q's
+// shared memory, by TMA.
 //
 // Barriers of a stage: full, when all bytes are there (the TMA unit counts them), and empty, when both consumers have
-// read it. K and V have their own, for K is read before the softmax and V after it.
+// read it. K and V have their own, for K is read before the softmax and V after it; and Q, which has two stages too, is
+// empty when O has left from there.
 //
 // Two things overlap with the exponentials of a tile. Within a warpgroup P V of the tile before: Q K^T is issued first,
 // P V next, and only the former is waited for. Between warpgroups the other one's products: they take turns in issuing.
 //
-// One block for each tile of queries, the longest tiles first (under a causal mask the last rows see the most), section
-// by section of heads whose keys and values the L2 cache holds at once. No persistent grid: a block that ends makes
-// room for the next, and all that is lost is its prologue. 384 threads with 168 registers, which the warpgroups share
-// out anew, and 81 to 161 KB of shared memory make one block for a multiprocessor. By arithmetic: nothing was measured
-// so far.
+// The grid is persistent: a block for each multiprocessor, which comes to one tile in each round, so that the producer
+// brings the next tile's Q, K and V while the consumers still finish this one. The longest tiles come first (under a
+// causal mask the last rows see the most), section by section of heads whose keys and values the L2 cache holds at
+// once; every other round goes backwards, so that no block always gets the longer ones. 384 threads with 168 registers,
+// which the warpgroups share out anew, and 97 to 193 KB of shared memory make one block for a multiprocessor. By
+// arithmetic: nothing was measured so far.
 
 #include <algorithm>
 #include <type_traits>
@@ -30,6 +32,7 @@ namespace fastgpt {
 // What the kernel is told besides: where its tensors are, for the TMA unit, and how blocks are ordered.
 struct ForwardMaps {
   TensorMap q, k, v, o;
+  int tiles;           // of queries, over all heads
   int heads_together;  // of a section: their tiles of one length come after each other
 };
 
@@ -41,51 +44,76 @@ struct HopperTile {
   using Type = std::conditional_t<std::is_same_v<T, __half>, F16, Bf16>;
   static constexpr int kWidth = width, kConsumers = 2, kQueries = kConsumers * kWarpgroupRows, kKeys = 128, kStages = 2;
   static constexpr int kFewKeys = kKeys / 2;  // of the last tile where the queries see no more of it
+  static constexpr int kQueryStages = 2;      // this tile's, from where O leaves, and the next one's
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using Queries = SwizzledTile<T, kQueries, kWidth>;
   using Keys = SwizzledTile<T, kKeys, kWidth>;
   using Ring = RingPosition<kStages>;
+  using QueryRing = RingPosition<kQueryStages>;
   struct SharedMemory {
-    Queries q;
+    Queries q[kQueryStages];
     Keys k[kStages], v[kStages];
-    uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t q_full[kQueryStages], q_empty[kQueryStages];
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
   using Output = float[kWidth / 2];             // of a thread
   using Weights = uint32_t[kKeys / kPiece][4];  // likewise, as a left operand
 };
 
-// Which queries of which head a block has.
-struct BlockOfQueries {
-  int batch, head, first;
+// The tiles that a block comes to, in its order: f(place).
+template <class F>
+__device__ __forceinline__ void for_each_tile(int tiles, F f) {
+  const int blocks = int(gridDim.x), forward = int(blockIdx.x), backward = blocks - 1 - forward;
+  for (int first = 0, round = 0; first < tiles; first += blocks, ++round) {
+    const int place = first + (round % 2 ? backward : forward);
+    if (place < tiles) f(place);
+  }
+}
 
-  __device__ __forceinline__ BlockOfQueries(const AttentionPlan& plan, int queries, int heads_together) {
-    const int all_heads = plan.batches * plan.heads, tiles = (plan.queries + queries - 1) / queries;
-    const int section = int(blockIdx.x) / (heads_together * tiles), place = int(blockIdx.x) % (heads_together * tiles);
+// Which queries of which head a tile has, and which keys they see. By a whole warp.
+template <class Tile>
+struct TileOfQueries {
+  int batch, head, first, keys;  // keys: of the row of the batch
+  KeyRange range;                // of those, what some query sees
+
+  __device__ __forceinline__ TileOfQueries(const AttentionPlan& plan, int heads_together, int place) {
+    constexpr int kQueries = Tile::kQueries;
+    const int all_heads = plan.batches * plan.heads, tiles = (plan.queries + kQueries - 1) / kQueries;
+    const int section = place / (heads_together * tiles), in_section = place % (heads_together * tiles);
     const int first_head = section * heads_together, here = min(heads_together, all_heads - first_head);
-    batch = (first_head + place % here) / plan.heads;
-    head = (first_head + place % here) % plan.heads;
-    first = (tiles - 1 - place / here) * queries;
+    batch = (first_head + in_section % here) / plan.heads;
+    head = (first_head + in_section % here) % plan.heads;
+    first = (tiles - 1 - in_section / here) * kQueries;
+    keys = keys_of(plan, batch);
+    range = visible_to<kQueries>(plan, batch, first, min(kQueries, plan.queries - first), keys).some;
   }
 };
 
 // ---- producer ------------------------------------------------------------------------------------------
 
-// By one thread.
+// By one warp, of which one thread works.
 template <class Tile>
 __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, const AttentionPlan& plan,
-                                        const ForwardMaps& maps, const BlockOfQueries& block, const KeyRange& keys) {
-  if (keys.empty()) return;
-  const int kv_head = block.head / (plan.heads / plan.kv_heads);
-  shared.q.fetch(maps.q, shared.q_full, block.first, block.head, block.batch);
+                                        const ForwardMaps& maps) {
   typename Tile::Ring at;
-  for (int key = keys.begin; key < keys.end; key += Tile::kKeys, at.advance()) {
-    mbarrier_wait(shared.k_empty[at.stage], at.parity ^ 1);  // the first time round they are
-    shared.k[at.stage].fetch(maps.k, shared.k_full[at.stage], key, kv_head, block.batch);
-    mbarrier_wait(shared.v_empty[at.stage], at.parity ^ 1);
-    shared.v[at.stage].fetch(maps.v, shared.v_full[at.stage], key, kv_head, block.batch);
-  }
+  typename Tile::QueryRing q;
+  for_each_tile(maps.tiles, [&](int place) {
+    const TileOfQueries<Tile> tile(plan, maps.heads_together, place);
+    if (lane_of_warp() != 0) return;
+    const int kv_head = tile.head / (plan.heads / plan.kv_heads);
+    mbarrier_wait(shared.q_empty[q.stage], q.parity ^ 1);  // the first time round they all are
+    if (tile.range.empty()) mbarrier_arrive(shared.q_full[q.stage]);  // O needs the place alone
+    else shared.q[q.stage].fetch(maps.q, shared.q_full[q.stage], tile.first, tile.head, tile.batch);
+    q.advance();
+    for (int key = tile.range.begin; key < tile.range.end; key += Tile::kKeys, at.advance()) {
+      mbarrier_wait(shared.k_empty[at.stage], at.parity ^ 1);
+      shared.k[at.stage].fetch(maps.k, shared.k_full[at.stage], key, kv_head, tile.batch);
+      mbarrier_wait(shared.v_empty[at.stage], at.parity ^ 1);
+      shared.v[at.stage].fetch(maps.v, shared.v_full[at.stage], key, kv_head, tile.batch);
+    }
+  });
 }
 
 // ---- consumers -----------------------------------------------------------------------------------------
@@ -173,13 +201,15 @@ __device__ __forceinline__ void pack_weights(typename Tile::Weights& weights, co
   }
 }
 
-// Of a warpgroup.
+// One tile of a warpgroup; `at` is the stage that its first keys come to.
 template <class Tile>
 __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, const AttentionForward& p,
-                                        const PowersOfTwo& powers, const ForwardMaps& maps, const BlockOfQueries& block,
-                                        int keys, const KeyRange& keys_of_block) {
+                                        const PowersOfTwo& powers, const ForwardMaps& maps,
+                                        const TileOfQueries<Tile>& block, typename Tile::QueryRing q,
+                                        typename Tile::Ring& at) {
   const AttentionPlan& plan = p.plan;
-  const int group = threadIdx.x / kWarpgroup, first_row = group * kWarpgroupRows;
+  const int group = threadIdx.x / kWarpgroup, first_row = group * kWarpgroupRows, keys = block.keys;
+  typename Tile::Queries& queries = shared.q[q.stage];
   const Visible seen = visible_to<kWarpgroupRows>(plan, block.batch, block.first + first_row,
                                                   min(kWarpgroupRows, plan.queries - block.first - first_row), keys);
   Rows rows;
@@ -195,14 +225,14 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
 #pragma unroll
   for (int i = 0; i < Tile::kWidth / 2; ++i) o[i] = 0;
 
-  const int keys_here = keys_of_block.empty() ? 0 : keys_of_block.end - keys_of_block.begin;
+  const int keys_here = block.range.empty() ? 0 : block.range.end - block.range.begin;
   const int tiles = (keys_here + Tile::kKeys - 1) / Tile::kKeys;
   const Turns<Tile::kConsumers> turns{group, tiles};
-  const auto first_key = [&](int tile) { return keys_of_block.begin + tile * Tile::kKeys; };
+  const auto first_key = [&](int tile) { return block.range.begin + tile * Tile::kKeys; };
   const auto hidden = [&](int tile) { return seen.hidden(first_key(tile), Tile::kKeys); };
   const auto few = [&](int tile) { return seen.some.end <= first_key(tile) + Tile::kFewKeys; };
   const auto whole = [&](int tile) { return seen.whole(first_key(tile), Tile::kKeys); };
-  typename Tile::Ring at, before;  // of this tile, and of the one whose P V is still to be added
+  typename Tile::Ring before;  // of the tile whose P V is still to be added
   int tile = 0;
 
   const auto release = [&](uint64_t& empty) {
@@ -228,7 +258,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     pin_registers(o);
     pin_registers(weights);
     wgmma_fence();
-    multiply_keys<Tile>(scores, shared.q, first_row, shared.k[at.stage]);
+    multiply_keys<Tile>(scores, queries, first_row, shared.k[at.stage]);
     wgmma_commit();
     if constexpr (!kFirst) {
       add_values<Tile::kKeys, Tile>(o, weights, shared.v[before.stage]);
@@ -270,7 +300,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
   using No = std::false_type;
   using All = std::integral_constant<int, Tile::kKeys>;
   using Few = std::integral_constant<int, Tile::kFewKeys>;
-  if (tiles > 0) mbarrier_wait(shared.q_full, 0);  // by those who see nothing too: O will go where Q comes
+  mbarrier_wait(shared.q_full[q.stage], q.parity);  // by those who see nothing too: O will go where Q came
   while (tile < tiles && hidden(tile)) pass();
   if (tile < tiles && few(tile)) {
     attend(Yes(), Yes(), Few());
@@ -306,7 +336,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
 #pragma unroll
     for (int i = 0; i < Tile::kWidth / 8; ++i) {
       const int column = i * 8 + member_of_group() * 2;
-      *reinterpret_cast<uint32_t*>(shared.q.at(warp_row + half * 8 + group_of_lane(), column)) =
+      *reinterpret_cast<uint32_t*>(queries.at(warp_row + half * 8 + group_of_lane(), column)) =
           pack<typename Tile::T>(o[i * 4 + half * 2] * scale, o[i * 4 + half * 2 + 1] * scale);
     }
   }
@@ -316,10 +346,11 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
 #pragma unroll
     for (int panel = 0; panel < Tile::Queries::kPanels; ++panel) {
       const int to[4] = {panel * Tile::Queries::kPanel, block.first + warp_row, block.head, block.batch};
-      tma_store(maps.o, shared.q.at(warp_row, 0) + panel * (Tile::kQueries * Tile::Queries::kPanel), to);
+      tma_store(maps.o, queries.at(warp_row, 0) + panel * (Tile::kQueries * Tile::Queries::kPanel), to);
     }
     bulk_commit();
     bulk_wait_read<0>();
+    mbarrier_arrive(shared.q_empty[q.stage]);
   }
 }
 
@@ -329,7 +360,11 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void attention_forward_sm90_kern
   if (!kForSm90) return __trap();
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   if (threadIdx.x == 0) {
-    mbarrier_init(shared.q_full, 1);
+#pragma unroll
+    for (int stage = 0; stage < Tile::kQueryStages; ++stage) {
+      mbarrier_init(shared.q_full[stage], 1);
+      mbarrier_init(shared.q_empty[stage], Tile::kConsumers * kWarpgroup / 32);  // each warp's part of O
+    }
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(shared.k_full[stage], 1);
@@ -341,15 +376,17 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void attention_forward_sm90_kern
   }
   __syncthreads();
 
-  const BlockOfQueries block(p.plan, Tile::kQueries, maps.heads_together);
-  const int keys = keys_of(p.plan, block.batch), queries = min(Tile::kQueries, p.plan.queries - block.first);
-  const KeyRange keys_of_block = visible_to<Tile::kQueries>(p.plan, block.batch, block.first, queries, keys).some;
   if (threadIdx.x / kWarpgroup == Tile::kConsumers) {
     give_back_registers_down_to<Tile::kProducerRegisters>();
-    if (threadIdx.x == Tile::kConsumers * kWarpgroup) produce<Tile>(shared, p.plan, maps, block, keys_of_block);
+    if (threadIdx.x / 32 == Tile::kConsumers * kWarpgroup / 32) produce<Tile>(shared, p.plan, maps);
   } else {
     take_registers_up_to<Tile::kConsumerRegisters>();
-    consume<Tile>(shared, p, powers, maps, block, keys, keys_of_block);
+    typename Tile::Ring at;
+    typename Tile::QueryRing q;
+    for_each_tile(maps.tiles, [&](int place) {
+      consume<Tile>(shared, p, powers, maps, TileOfQueries<Tile>(p.plan, maps.heads_together, place), q, at);
+      q.advance();
+    });
   }
 }
 
@@ -370,10 +407,11 @@ void launch_attention_forward_sm90(const AttentionForward& p, Stream stream) {
   const auto with = [&](auto of) {
     using Tile = decltype(of);
     const int64_t heads = int64_t(plan.batches) * plan.heads;
-    const int64_t blocks = heads * ((plan.queries + Tile::kQueries - 1) / Tile::kQueries);
-    if (blocks == 0) return;
-    if (blocks > INT_MAX) throw std::runtime_error("attention: too many blocks for one launch");
+    const int64_t tiles = heads * ((plan.queries + Tile::kQueries - 1) / Tile::kQueries);
+    if (tiles == 0) return;
+    if (tiles > INT_MAX / 2) throw std::runtime_error("attention: too many tiles for one launch");
     ForwardMaps maps;
+    maps.tiles = int(tiles);
     maps.q = map_of_heads<typename Tile::Queries>(p.q, plan, plan.queries, plan.heads, Tile::kQueries);
     maps.k = map_of_heads<typename Tile::Keys>(p.k, plan, plan.keys, plan.kv_heads, Tile::kKeys);
     maps.v = map_of_heads<typename Tile::Keys>(p.v, plan, plan.keys, plan.kv_heads, Tile::kKeys);
@@ -383,6 +421,7 @@ void launch_attention_forward_sm90(const AttentionForward& p, Stream stream) {
     const int64_t bytes_of_head = int64_t(2) * plan.keys * plan.width * sizeof(typename Tile::T);
     const int64_t kv_heads_together = std::max<int64_t>(1, cache_bytes() * 2 / 3 / bytes_of_head);
     maps.heads_together = int(std::min(heads, kv_heads_together * (plan.heads / plan.kv_heads)));
+    const int blocks = std::min(maps.tiles, multiprocessors());
     const LaunchShape shape{dim3(unsigned(blocks)), dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_forward_sm90_kernel<Tile>, shape, p, PowersOfTwo(plan), maps);
   };
