@@ -1,4 +1,4 @@
-"""Variants of attention's forward on Hopper, timed: keys of a tile, and stages.
+"""Variants of attention's forward on Hopper, timed: keys of a tile, stages, and the schedule.
 
     python benchmarks/tune_attention.py [--seconds 60] [--only "forward causal"] [--out FILE.json]
 
@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "three stages of 64 keys": {"kKeys": 64, "kStages": 3},
     "four stages of 64 keys": {"kKeys": 64, "kStages": 4},
     "tiles of 96 keys": {"kKeys": 96},
+    "a block for each tile": {"kPersistent": 0},
 }
 
 

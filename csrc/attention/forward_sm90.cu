@@ -46,6 +46,7 @@ struct HopperTile {
   static constexpr int kFewKeys = kKeys / 2;  // of the last tile where the queries see no more of it
   static constexpr int kQueryStages = 2;      // this tile's, from where O leaves, and the next one's
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kPersistent = 1;  // 0: a block for each tile
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using Queries = SwizzledTile<T, kQueries, kWidth>;
@@ -421,7 +422,7 @@ void launch_attention_forward_sm90(const AttentionForward& p, Stream stream) {
     const int64_t bytes_of_head = int64_t(2) * plan.keys * plan.width * sizeof(typename Tile::T);
     const int64_t kv_heads_together = std::max<int64_t>(1, cache_bytes() * 2 / 3 / bytes_of_head);
     maps.heads_together = int(std::min(heads, kv_heads_together * (plan.heads / plan.kv_heads)));
-    const int blocks = std::min(maps.tiles, multiprocessors());
+    const int blocks = Tile::kPersistent ? std::min(maps.tiles, multiprocessors()) : maps.tiles;
     const LaunchShape shape{dim3(unsigned(blocks)), dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_forward_sm90_kernel<Tile>, shape, p, PowersOfTwo(plan), maps);
   };
