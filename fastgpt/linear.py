@@ -68,6 +68,11 @@ def weight_gradient(d_y: Tensor, x: Tensor, formulation: str, dtype: torch.dtype
     return FORMULATIONS[formulation](*rows).to(dtype).contiguous()
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """What it wants its gradient in: those of bf16 weights may be summed up in float32."""
+    return (parameter.grad_dtype if parameter.is_leaf else None) or parameter.dtype
+
+
 def _someone_looks_inside(x: Tensor) -> bool:
     kind = x.device.type
     autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
@@ -78,8 +83,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formulation: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        # What the parameter wants its gradient in: that of bf16 weights may be summed up in float32.
-        ctx.dtypes = [getattr(t, "grad_dtype", None) or t.dtype for t in (weight, x if bias is None else bias)]
+        ctx.dtypes = [None if t is None else gradient_dtype(t) for t in (weight, bias)]
         ctx.formulation = formulation
         return F.linear(x, weight, bias)
 

@@ -10,7 +10,7 @@ import torch
 
 from .config import TrainConfig
 from .errors import UserError
-from .linear import FORMULATIONS, PLAIN, Linear, weight_gradient
+from .linear import FORMULATIONS, PLAIN, Linear, gradient_dtype, weight_gradient
 from .model import GPT
 
 
@@ -90,8 +90,7 @@ def measure_weight_gradients(model: GPT, tokens: int, repeats: int = 3) -> tuple
             torch.randn(tokens, width, generator=draw, device=weight.device).to(weight.dtype)
             for width in (layer.in_features, layer.out_features)
         )
-        dtype = getattr(weight, "grad_dtype", None) or weight.dtype
-        calls = {name: partial(weight_gradient, d_y, x, name, dtype) for name in FORMULATIONS}
+        calls = {name: partial(weight_gradient, d_y, x, name, gradient_dtype(weight)) for name in FORMULATIONS}
         found[shape_of(layer)] = quickest(calls, weight.device, repeats)
     return {shape: worth_it(seconds) for shape, seconds in found.items()}, found
 

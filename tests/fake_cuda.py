@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
+import itertools
 import json
 import sys
 import traceback
@@ -33,7 +34,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt import ModelConfig, TrainConfig, Trainer, native, train
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
+from fastgpt.linear import FORMULATIONS
 from fastgpt.native import loading, schemas
+from fastgpt.precision import linear_layers, shape_of
 from tests.ops.kernels import no_reference
 from tests.synthetic import VOCAB, text_ids, write_dataset
 
@@ -135,6 +138,12 @@ def guarded(reads: list[int], spy: Spy) -> Iterator[None]:
 # ---- steps ---------------------------------------------------------------------------------------------------
 
 
+def chosen(model: train.GPT, tokens: int) -> tuple[dict[str, str], dict]:
+    """In the place of a choice by measuring: each formulation of a weight gradient in turn."""
+    shapes = dict.fromkeys(map(shape_of, linear_layers(model)))
+    return dict(zip(shapes, itertools.cycle(FORMULATIONS), strict=False)), {}
+
+
 class FakeGPT(train.GPT):
     """A GPT that can be moved: torch's `to` swaps parameters in place, which fake ones refuse."""
 
@@ -167,6 +176,7 @@ def run(folder: Path, case: str, plant: Callable[[Trainer], None] | None = None)
     pages = [importlib.import_module(f"fastgpt.ops.{page}") for page in schemas.read_pages()]
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode() as mode, no_reference(*pages):
         patch.setattr(train, "GPT", FakeGPT)
+        patch.setattr(train, "measure_weight_gradients", chosen)
         patch.setattr(native, "_warned", True)
         trainer = Trainer(config)
         trainer.batches.pin_memory = False

@@ -79,6 +79,12 @@ def test_derivatives(formulation: str) -> None:
     given = [t.requires_grad_() for t in (randn(2, 4, 3), randn(5, 3, seed=1), randn(5, seed=2))]
     assert torch.autograd.gradcheck(function(formulation), given)
     assert torch.autograd.gradgradcheck(function(formulation), given)
+    pairs = [
+        torch.autograd.grad(linear(*(t * 1 for t in given[:2])).square().sum(), given[:2])  # no leaves, no bias
+        for linear in (function(formulation), F.linear)
+    ]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
     for wanted in range(3):
         some = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(given)]
         (found,) = torch.autograd.grad(function(formulation)(*some).square().sum(), some[wanted])
