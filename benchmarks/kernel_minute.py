@@ -181,8 +181,8 @@ COLUMNS = (
 LEGEND = (
     "ours, torch's: the largest error against fp64 over outputs and gradients, a share of the largest value there; the "
     "rule allows a ratio of 2, and rounding. grads: torch.autograd.gradcheck in fp64. bytes, 32-byte sectors: over the "
-    "fewest that the call needs. bugs: whatever is wrong with an access to memory or with the synchronisation; every "
-    "access of every thread was looked at."
+    "fewest that the call needs; attention's tiles read the same keys, so there it depends on the length. bugs: "
+    "whatever is wrong with an access to memory or with the synchronisation; every access of every thread was seen."
 )
 
 

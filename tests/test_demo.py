@@ -573,7 +573,7 @@ def test_what_is_watched_is_drawn_more_freely_than_what_is_judged(finished, monk
     how = []
     monkeypatch.setattr(completions, "complete", lambda *_, **options: how.append(options) or [("    x\n", True)])
     trainer = SimpleNamespace(model=demo.model, progress=SimpleNamespace(step=1, seconds=1.0))
-    Watch(demo).show(trainer, 1.0, 2.0)
+    Watch(demo).show(trainer, 2.0)
     assert how == [{"temperature": WATCH_TEMPERATURE, "top_k": WATCH_TOP_K}]
     assert WATCH_TEMPERATURE > completions.TEMPERATURE
 

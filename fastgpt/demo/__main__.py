@@ -375,17 +375,18 @@ class Watch:
 
         self.bar = TrainingBar(self.demo.screen, trainer.config.steps, trainer.config.batch_tokens)
         if self.times and self.times[0] == 0.0:
-            self.pause(trainer, self.times.pop(0))
+            self.times.pop(0)
+            self.pause(trainer)
 
     def on_step(self, trainer: Any, metrics: dict[str, Any]) -> None:
         self.bar.update(metrics["step"], metrics["loss"], metrics["tokens_per_second"])
         due = [at for at in self.times if trainer.progress.seconds >= at]
         if due and metrics["step"] < trainer.config.steps:
             self.times = self.times[len(due) :]
-            self.pause(trainer, due[-1])
+            self.pause(trainer)
 
     def on_eval(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        self.show(trainer, trainer.progress.seconds, metrics["val_bits_per_byte"])
+        self.show(trainer, metrics["val_bits_per_byte"])
 
     def on_end(self, trainer: Any) -> None:
         self.close()
@@ -394,7 +395,7 @@ class Watch:
         if self.bar is not None:
             self.bar.close()
 
-    def pause(self, trainer: Any, at: float) -> None:
+    def pause(self, trainer: Any) -> None:
         """Evaluate the whole held-out split, and show what the model writes now."""
         began = time.monotonic()
         self.bar.note("evaluating (this does not count as training time)")
@@ -411,13 +412,13 @@ class Watch:
                 "val_tokens": result.tokens,
             }
         )
-        self.show(trainer, at, result.bits_per_byte)
+        self.show(trainer, result.bits_per_byte)
         self.paused += time.monotonic() - began
 
-    def show(self, trainer: Any, at: float, bits_per_byte: float) -> None:
+    def show(self, trainer: Any, bits_per_byte: float) -> None:
         from .completions import complete, function_body
 
-        demo, step = self.demo, trainer.progress.step
+        demo, step, at = self.demo, trainer.progress.step, trainer.progress.seconds
         label = f"{at:.0f}" if demo.seconds >= 60 else f"{at:.1f}".removesuffix(".0")
         ((text, ended),) = complete(
             trainer.model,
