@@ -5,8 +5,10 @@ update      the norm of all gradients, the clip, the optimizer
 
 Neither reads a value of the device, and neither depends on a number of the host: what differs from step to step
 (tokens, learning rates, the count of targets) is written into tensors that stay where they are. So on a GPU each part
-is captured once and then replayed: one launch for a micro-batch and one for an update, whatever the model's depth. On a
-CPU, and where config.cuda_graphs is off, the same functions are simply called.
+is captured once and then replayed: one launch for a micro-batch and one for an update, whatever the model's depth. The
+first micro-batch of a step has a graph of its own, which writes the gradients that the others add to: nothing is
+zeroed, and without accumulation nothing is added. On a CPU, and where config.cuda_graphs is off, the same functions are
+simply called.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Step:
         self.losses = torch.zeros(config.accumulation, dtype=torch.float64, device=device)  # of the micro-batches
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next one
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
-        self._accumulate, self._update = self.accumulate_eagerly, self.update_eagerly
+        self._first = self._next = self.accumulate_eagerly
+        self._update = self.update_eagerly
+        self._begun = False  # there are gradients of this step
         if capture:
             self._capture()
 
@@ -61,7 +65,8 @@ class Step:
             self.cu_seqlens[:n].copy_(batch.cu_seqlens, non_blocking=True)
             self.cu_seqlens[n:].fill_(self.idx.numel())
         self.divisor.fill_(divisor)
-        self._accumulate()
+        (self._next if self._begun else self._first)()
+        self._begun = True
 
     def update(self, lr_scale: float) -> Tensor:
         """Apply what was accumulated, under the initial learning rates times `lr_scale`, unless loss or norm is not
@@ -73,12 +78,15 @@ class Step:
             else:
                 group["lr"] = lr
         self._update()
+        self.reset()
         return self.outcome
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self.optimizer.zero_grad(set_to_none=not self.captured)
+        self._begun = False
         self.number.zero_()
+        if not self.captured:
+            self.optimizer.zero_grad()
 
     # ---- the two parts -----------------------------------------------------------------------------
 
@@ -96,23 +104,29 @@ class Step:
         clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
         self.optimizer.step(clip=clip, skip=bad)
         self.outcome.copy_(torch.stack([loss, norm]))
-        self.reset()
 
     # ---- CUDA graphs ---------------------------------------------------------------------------------
 
     def _capture(self) -> None:
-        """Both parts are run once first, for what libraries and the optimizer set up, and change nothing."""
+        """Each part is run once first, for what libraries and the optimizer set up, and changes nothing."""
         device = self.idx.device
-        for p in self.model.parameters():  # what a graph adds to must be there
-            p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
-        pool = memory_pool()  # one for both: neither leaves anything in it that the other must not overwrite
-        self._accumulate = captured(self.accumulate_eagerly, device, pool)
+        # One for all: what a graph leaves in it, the gradients, stays taken, and the rest they may share.
+        pool = memory_pool()
+        self._first = captured(self._accumulate_anew, device, pool)
+        if self.config.accumulation > 1:
+            self.number.zero_()  # in range, whether capturing computes or not
+            self._next = captured(self.accumulate_eagerly, device, pool)
         self.losses.fill_(torch.nan)  # an update that is skipped
         self._update = captured(self.update_eagerly, device, pool)
         self.losses.zero_()
         self.reset()
+
+    def _accumulate_anew(self) -> None:
+        self.optimizer.zero_grad()  # to None: the gradients that come are kept, not added to any
+        self.number.zero_()
+        self.accumulate_eagerly()
 
 
 def memory_pool() -> Any:

@@ -94,7 +94,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 State = dict[str, torch.Tensor]
 
 
-def trained(folder: Path, case: str, captured: bool, device: str = "cpu", **changes: Any) -> tuple[list[float], State]:
+def trained(
+    folder: Path, case: str, captured: bool, device: str = "cpu", accumulation: int = 3, **changes: Any
+) -> tuple[list[float], State]:
     """The losses of STEPS steps of a case, `captured` or not, and the weights and the optimizer's state after them."""
     model, precision, documents, optimizer = CASES[case]
     config = TrainConfig(
@@ -106,7 +108,7 @@ def trained(folder: Path, case: str, captured: bool, device: str = "cpu", **chan
         out_dir=str(folder / "run"),
         steps=STEPS,
         micro_batch_size=2,
-        batch_tokens=3 * 2 * SHAPE["block_size"],
+        batch_tokens=accumulation * 2 * SHAPE["block_size"],
         precision=precision,
         device=device,
         **changes,
@@ -129,12 +131,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_that_is_replayed_is_the_step(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "accumulation"), [*((case, 3) for case in CASES), ("llama, documents", 1)])
+def test_a_step_that_is_replayed_is_the_step(
+    case: str, accumulation: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: learning rates, tokens, divisors and bounds of documents reach it through its memory alone."""
-    losses, state = trained(folder, case, False)
+    losses, state = trained(folder, case, False, accumulation=accumulation)
     with recording(monkeypatch):
-        again, state_again = trained(folder, case, True)
+        again, state_again = trained(folder, case, True, accumulation=accumulation)
     assert again == losses and len(set(losses)) == STEPS
     assert state.keys() == state_again.keys()
     for name in state:
@@ -148,6 +152,23 @@ def test_kernels_are_replayed_too(folder: Path, monkeypatch: pytest.MonkeyPatch)
         losses, state = trained(folder, case, False)
         with recording(monkeypatch):
             again, state_again = trained(folder, case, True)
+    assert again == losses and all(torch.equal(state[name], state_again[name]) for name in state)
+
+
+def test_the_first_micro_batch_writes_the_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in their memory: nobody zeroes it. Nor does anybody after a signal."""
+    with recording(monkeypatch):
+        losses, state = trained(folder, "gpt2, dropout", True)
+        real = step.Step.reset
+
+        def spoil(self: step.Step) -> None:
+            real(self)
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.fill_(torch.nan)
+
+        monkeypatch.setattr(step.Step, "reset", spoil)
+        again, state_again = trained(folder, "gpt2, dropout", True)
     assert again == losses and all(torch.equal(state[name], state_again[name]) for name in state)
 
 
@@ -170,9 +191,9 @@ def test_a_batch_of_another_shape_is_refused(folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "accumulation"), [*((case, 3) for case in CASES), ("llama, documents", 1)])
 def test_on_a_gpu_the_graphs_are_the_step_and_nothing_waits(
-    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, accumulation: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def watched(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -187,8 +208,8 @@ def test_on_a_gpu_the_graphs_are_the_step_and_nothing_waits(
 
     for part in ("accumulate", "update"):
         monkeypatch.setattr(step.Step, part, watched(getattr(step.Step, part)))
-    losses, state = trained(folder, case, False, "cuda", cuda_graphs=False)
-    again, state_again = trained(folder, case, True, "cuda", cuda_graphs=True)
+    losses, state = trained(folder, case, False, "cuda", accumulation, cuda_graphs=False)
+    again, state_again = trained(folder, case, True, "cuda", accumulation, cuda_graphs=True)
     assert again == losses and len(set(losses)) == STEPS
     for name in state:
         assert torch.equal(state[name], state_again[name]), name
