@@ -229,8 +229,10 @@ extern "C" {
 void fastgpt_emulator_configure(const char* json) { settings = json; }
 const char* fastgpt_emulator_counters() { return settings.c_str(); }
 const char* fastgpt_emulator_sites() { return R"([
-  {"id": 3, "kind": "__syncthreads", "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"], "met": true},
-  {"id": 4, "kind": "in_bounds", "file": "a.cu", "line": 8, "inlined": [], "met": false}])"; }
+  {"id": 3, "kind": "__syncthreads", "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"],
+   "alterations": ["twice"], "met": true},
+  {"id": 4, "kind": "in_bounds", "file": "a.cu", "line": 8, "inlined": [],
+   "alterations": [], "met": false}])"; }
 const char* fastgpt_emulator_findings() {
   return R"([{"kind": "data race", "kernel": "k", "message": "m", "thread": [1, 2, 3], "block": [0, 0, 0],
               "file": "a.cu", "line": 7, "inlined": ["b.cuh:1"]},
@@ -282,6 +284,11 @@ def test_settings_reach_the_emulator_and_end_with_their_block() -> None:
             }  # fmt: skip
             raise KeyError
         assert native.counters() == default
+        with native.emulated(altered_site=(5, "twice")):
+            assert native.counters() == default | {"altered_site": 5, "alteration": "twice"}
+        with pytest.raises(ValueError, match="give one"), native.emulated(disabled_site=1, altered_site=(5, "twice")):
+            pass
+        assert native.counters() == default
         assert native.select(torch.ones(1), "layer_norm") is not None
     assert native.select(torch.ones(1), "layer_norm") is None
 
@@ -292,7 +299,8 @@ def test_what_the_emulator_reports_is_typed() -> None:
         native.Finding("data race", "k", "m", (1, 2, 3), (0, 0, 0), "a.cu", 7, ("b.cuh:1",)),
         native.Finding("deadlock", "k", "m", None, None, "a.cu", 9),
     ]
-    barrier, test = native.Site(3, "__syncthreads", "a.cu", 7, ("b.cuh:1",)), native.Site(4, "in_bounds", "a.cu", 8)
+    barrier = native.Site(3, "__syncthreads", "a.cu", 7, ("b.cuh:1",), ("twice",))
+    test = native.Site(4, "in_bounds", "a.cu", 8)
     assert native.sites() == [barrier, test]
     assert native.sites(met_inside=True) == [barrier]
 

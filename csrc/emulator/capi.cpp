@@ -13,7 +13,7 @@
 
 namespace {
 
-// The value of a name in a flat JSON object, as it is written; null if the name is not there.
+// Where the value of a name in a flat JSON object is written; null if the name is not there.
 const char* find_value(const char* json, const char* name) {
   const std::string key = emulator::json_string(name);
   const char* at = std::strstr(json, key.c_str());
@@ -22,6 +22,9 @@ const char* find_value(const char* json, const char* name) {
   while (*at == ' ' || *at == ':') ++at;
   return at;
 }
+
+// A string's, which has no escapes in it.
+std::string text_of(const char* value) { return std::string(value + 1, std::strcspn(value + 1, "\"")); }
 
 const char* keep(std::string text) {
   static __thread std::string* kept = nullptr;  // see machine.h
@@ -40,9 +43,10 @@ FASTGPT_EXPORT void fastgpt_emulator_configure(const char* json) {
   if (const char* value = find_value(json, "checked")) settings.checked = *value == 't';
   if (const char* value = find_value(json, "profile")) settings.profile = *value == 't';
   if (const char* value = find_value(json, "seed")) settings.seed = std::strtoull(value, nullptr, 10);
-  if (const char* value = find_value(json, "chip"))
-    settings.chip = std::string(value + 1, std::strcspn(value + 1, "\""));
-  if (const char* value = find_value(json, "disabled_site")) settings.disabled_site = std::atoi(value);
+  if (const char* value = find_value(json, "chip")) settings.chip = text_of(value);
+  if (const char* value = find_value(json, "disabled_site")) settings.chosen_site = std::atoi(value);
+  if (const char* value = find_value(json, "altered_site")) settings.chosen_site = std::atoi(value);
+  if (const char* value = find_value(json, "alteration")) settings.alteration = text_of(value);
   emulator::configure(settings);
 }
 

@@ -37,7 +37,8 @@ struct Settings {
   bool profile = false;  // gather the counters
   uint64_t seed = 0;     // 0: threads and blocks in order; otherwise shuffled by it
   std::string chip = "sm_90a";
-  int disabled_site = -1;  // this call of a barrier, wait, fence or in_bounds() has no effect
+  int chosen_site = -1;    // this call of a barrier, wait, fence or in_bounds() has no effect
+  std::string alteration;  // or is wrong in this way
 };
 const Settings& settings();
 void configure(const Settings& settings);

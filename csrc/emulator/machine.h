@@ -109,6 +109,9 @@ struct Barrier {
 // The clocks that go with an mbarrier; its counts live in its 64-bit word, as on hardware.
 struct BarrierClocks {
   VectorClock collecting, released, collecting_proxy, released_proxy;
+  unsigned initialiser = 0;  // a thread, and its clock then
+  Clock initialised = 0;
+  bool visible_to_async_proxy = false;  // the initialisation
 };
 
 struct Block {
@@ -220,7 +223,7 @@ void check_unfinished_stores(Thread& thread);
 
 // ---- mbarrier.cpp ----
 std::string mbarrier_state(const uint64_t* barrier);
-void check_mbarrier(const uint64_t* barrier, Caller caller);                         // that it may be used
+void check_mbarrier(const uint64_t* barrier, Caller caller);  // that the TMA unit may use it
 void complete_bytes(uint64_t* barrier, unsigned bytes, int operation, Clock clock);  // a copy has arrived
 
 // ---- wgmma.cpp ----

@@ -63,6 +63,9 @@ void finish_phase_if_complete(uint64_t* barrier) {
 }
 
 void expect(Word& word, unsigned bytes, Caller caller) {
+  if (bytes && site_altered("16 bytes more", caller)) bytes += 16;
+  if (bytes && site_altered("16 bytes fewer", caller)) bytes -= 16;
+  if (bytes && site_altered("half of the bytes", caller)) bytes /= 2;
   if (word.bytes + int64_t(bytes) > kMostBytes)
     fail("wrong mbarrier bytes",
          format("an mbarrier expects at most %d bytes, here %ld", kMostBytes, long(word.bytes + int64_t(bytes))),
@@ -93,6 +96,9 @@ void arrive(uint64_t* barrier, unsigned expected_bytes, Caller caller) {
 void mbarrier_init(uint64_t* barrier, unsigned count) {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "mbarrier", caller);  // sm_80 has some of it; our twins are Hopper's
+  if (site_disabled("mbarrier.init", caller)) return;
+  if (site_altered("one arrival fewer", caller)) --count;
+  if (site_altered("one arrival more", caller)) ++count;
   constexpr unsigned kMostArrivals = 0x7fff;
   if (count == 0 || count > kMostArrivals)
     fail("wrong mbarrier count", format("an mbarrier takes 1 to %u arrivals, got %u", kMostArrivals, count), caller);
@@ -105,6 +111,8 @@ void mbarrier_init(uint64_t* barrier, unsigned count) {
   BarrierClocks& clocks = mbarriers[barrier];
   clocks.collecting.assign(machine.clock_size, 0);
   clocks.released = clocks.collecting_proxy = clocks.released_proxy = clocks.collecting;
+  clocks.initialiser = current_thread->actor;
+  clocks.initialised = current_thread->now();
   machine.async_proxy_used = true;
   store(barrier, Word{0, count, count, 1, 0});
 }
@@ -121,7 +129,9 @@ void mbarrier_invalidate(uint64_t* barrier) {
 
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
   const Caller caller = EMULATOR_CALLER;
-  if (!site_disabled("mbarrier.arrive", caller)) arrive(barrier, expected_bytes, caller);
+  if (site_disabled("mbarrier.arrive", caller)) return;
+  arrive(barrier, expected_bytes, caller);
+  if (site_altered("twice", caller)) arrive(barrier, 0, caller);
 }
 
 void mbarrier_arrive_at_rank(uint64_t* barrier, unsigned rank) {
@@ -131,7 +141,9 @@ void mbarrier_arrive_at_rank(uint64_t* barrier, unsigned rank) {
   if (rank >= machine.block_count)
     fail("out of bounds", format("block %u of a cluster of %u", rank, machine.block_count), caller);
   const ptrdiff_t offset = reinterpret_cast<char*>(barrier) - block_of_shared(barrier).shared;
-  arrive(reinterpret_cast<uint64_t*>(machine.blocks[rank]->shared + offset), 0, caller);
+  uint64_t* const there = reinterpret_cast<uint64_t*>(machine.blocks[rank]->shared + offset);
+  arrive(there, 0, caller);
+  if (site_altered("twice", caller)) arrive(there, 0, caller);
 }
 
 void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
@@ -146,6 +158,7 @@ void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   const Caller caller = EMULATOR_CALLER;
   if (site_disabled("mbarrier.try_wait", caller)) return;
+  if (site_altered("the other parity", caller)) parity ^= 1;
   if (parity > 1) fail("wrong mbarrier parity", format("a parity is 0 or 1, got %u", parity), caller);
   Thread& thread = *current_thread;
   while (checked_load(barrier, caller).phase == parity) {
@@ -162,12 +175,14 @@ std::string mbarrier_state(const uint64_t* barrier) {
                 word.pending, word.expected, word.bytes);
 }
 
-// 9.7.12.4 "fence.mbarrier_init": makes initialisations visible to the cluster; the cluster barrier that must follow
-// is what this model looks at.
+// 9.7.12.4 "fence.mbarrier_init": makes this thread's initialisations visible to the cluster, the TMA unit included. The
+// barrier that must follow is what orders them here before the uses by threads.
 void fence_mbarrier_init() {
   const Caller caller = EMULATOR_CALLER;
   need_chip(90, "fence.mbarrier_init", caller);
-  site_disabled("fence.mbarrier_init", caller);
+  if (site_disabled("fence.mbarrier_init", caller)) return;
+  for (auto& [barrier, clocks] : current_thread->block->mbarriers)
+    if (clocks.initialiser == current_thread->actor) clocks.visible_to_async_proxy = true;
 }
 
 // fence.proxy.async: what this thread has seen up to now may from now on be seen through the async proxy.
@@ -177,6 +192,8 @@ void fence_proxy_async() {
   if (site_disabled("fence.proxy.async", caller) || !machine.checked()) return;
   Thread& thread = *current_thread;
   machine.async_proxy_used = true;
+  for (auto& [barrier, clocks] : thread.block->mbarriers)
+    if (thread.clock[clocks.initialiser] >= clocks.initialised) clocks.visible_to_async_proxy = true;
   thread.proxy = thread.clock;
   tick(thread);
 }
@@ -192,6 +209,14 @@ void complete_bytes(uint64_t* barrier, unsigned bytes, int operation, Clock cloc
   finish_phase_if_complete(barrier);
 }
 
-void check_mbarrier(const uint64_t* barrier, Caller caller) { checked_load(barrier, caller); }
+void check_mbarrier(const uint64_t* barrier, Caller caller) {
+  checked_load(barrier, caller);
+  const BarrierClocks& clocks = clocks_of(barrier);
+  if (machine.checked() && !clocks.visible_to_async_proxy)
+    report("missing proxy fence",
+           "the TMA unit is to complete an mbarrier whose initialisation by " + actor_name(clocks.initialiser) +
+               " it may not see: fence.mbarrier_init comes after it, before the barrier",
+           caller);
+}
 
 }  // namespace emulator

@@ -27,7 +27,7 @@ const Settings& settings() { return machine.settings; }
 
 void configure(const Settings& settings) {
   machine.settings = settings;
-  choose_disabled_site(settings.disabled_site);
+  choose_site(settings.chosen_site, settings.alteration);
 }
 
 int chip_number() {
@@ -451,6 +451,10 @@ void named_barrier(unsigned id, unsigned thread_count, bool wait) {
   const Caller caller = EMULATOR_CALLER;
   const char* name = wait ? "bar.sync" : "bar.arrive";
   if (site_disabled(name, caller)) return;
+  if (site_altered("32 threads fewer", caller)) thread_count -= 32;
+  if (site_altered("32 threads more", caller)) thread_count += 32;
+  if (site_altered("another barrier", caller)) id ^= 1;
+  if (wait && site_altered("arrives and does not wait", caller)) wait = false;
   if (id > 15) fail("wrong barrier", format("there are barriers 0 to 15, got %u", id), caller);
   if (thread_count == 0 || thread_count % 32 || thread_count > current_thread->block_size.count())
     fail("wrong barrier count",

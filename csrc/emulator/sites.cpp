@@ -1,6 +1,7 @@
 #include "sites.h"
 
 #include <map>
+#include <set>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -16,12 +17,14 @@ namespace {
 struct Site {
   std::string kind;
   std::vector<Position> chain;  // the call, and the calls through which it was inlined
-  bool met = false;             // since a site was chosen
+  std::set<std::string> alterations;
+  bool met = false;  // since a site was chosen
 };
 using Key = std::pair<std::string, std::string>;  // kind, the lines of the chain
 
 struct Call {
   const char* kind;
+  std::set<const char*> alterations;
   int id = -1;  // known once its position is
   bool met = false;
 };
@@ -29,7 +32,8 @@ struct Call {
 std::unordered_map<const void*, Call> calls;  // by return address: a line may have been compiled many times
 std::vector<Site> sites;                      // by id
 std::map<Key, int> ids;
-int disabled = -1;
+int chosen = -1;
+std::string chosen_alteration;
 
 struct Answer {
   const void* address = nullptr;
@@ -54,13 +58,20 @@ bool site_disabled(const char* kind, Caller caller) {
   if (answer.address == caller.address) return answer.disabled;
   Call& call = calls.try_emplace(caller.address, Call{kind}).first->second;
   call.met = true;
-  if (disabled >= 0) identify(caller.address, call);
-  answer = {caller.address, disabled >= 0 && call.id == disabled};
+  if (chosen >= 0) identify(caller.address, call);
+  answer = {caller.address, chosen >= 0 && call.id == chosen && chosen_alteration.empty()};
   return answer.disabled;
 }
 
-void choose_disabled_site(int id) {
-  disabled = id;
+bool site_altered(const char* alteration, Caller caller) {
+  Call& call = calls.at(caller.address);
+  call.alterations.insert(alteration);
+  return chosen >= 0 && call.id == chosen && chosen_alteration == alteration;
+}
+
+void choose_site(int id, const std::string& alteration) {
+  chosen = id;
+  chosen_alteration = alteration;
   for (auto& [address, call] : calls) call.met = false;
   for (Answer& answer : cache) answer = Answer();
 }
@@ -73,15 +84,18 @@ std::string sites_json() {
   for (auto& [address, call] : calls) {
     identify(address, call);
     sites[call.id].met |= call.met;
+    sites[call.id].alterations.insert(call.alterations.begin(), call.alterations.end());
   }
   JsonArray out;
   for (size_t id = 0; id < sites.size(); ++id) {
     const Site& site = sites[id];
-    JsonArray inlined;
+    JsonArray inlined, alterations;
     for (size_t i = 1; i < site.chain.size(); ++i) inlined.add(site.chain[i].text());
+    for (const std::string& alteration : site.alterations) alterations.add(alteration);
     JsonObject entry;
     entry.add("id", int(id)).add("kind", site.kind).add("file", site.chain[0].file).add("line", site.chain[0].line);
-    out.add(entry.add_raw("inlined", inlined.text()).add_raw("met", site.met ? "true" : "false"));
+    entry.add_raw("inlined", inlined.text()).add_raw("alterations", alterations.text());
+    out.add(entry.add_raw("met", site.met ? "true" : "false"));
   }
   return out.text();
 }

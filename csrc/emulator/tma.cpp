@@ -325,6 +325,8 @@ void bulk_commit() {
 void bulk_wait(unsigned groups_left, bool only_reading) {
   const Caller caller = EMULATOR_CALLER;
   if (site_disabled("cp.async.bulk.wait_group", caller)) return;
+  if (site_altered("leaves one more group", caller)) ++groups_left;
+  if (!only_reading && site_altered("waits for reading alone", caller)) only_reading = true;
   Thread& thread = *current_thread;
   const size_t finished = thread.store_groups.size() > groups_left ? thread.store_groups.size() - groups_left : 0;
   for (size_t group = 0; group < finished; ++group) {

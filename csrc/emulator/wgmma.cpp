@@ -249,6 +249,7 @@ void wgmma_commit() {
 void wgmma_wait(unsigned groups_left) {
   const Caller caller = EMULATOR_CALLER;
   if (site_disabled("wgmma.wait_group", caller)) return;
+  if (site_altered("leaves one more group", caller)) ++groups_left;
   check_warpgroup(caller);
   Thread& thread = *current_thread;
   Block& block = *thread.block;

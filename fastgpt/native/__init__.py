@@ -228,7 +228,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Site:
-    """A synchronisation or a bounds check that a kernel has met; `emulated(disabled_site=id)` switches it off."""
+    """A synchronisation or a bounds check that a kernel has met.
+
+    `emulated(disabled_site=id)` switches it off, `emulated(altered_site=(id, alteration))` makes it wrong.
+    """
 
     id: int
     kind: str
@@ -236,15 +239,20 @@ class Site:
     line: int
     inlined: tuple[str, ...] = ()
     """Through which calls `file:line` got inlined, innermost first. A helper has a site for each such chain."""
+    alterations: tuple[str, ...] = ()
+    """The ways in which the call can be made wrong: "the other parity", "16 bytes more" ..."""
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Site:
+        """From the emulator's own form."""
+        names = ("id", "kind", "file", "line")
+        lists = ("inlined", "alterations")
+        return cls(**{name: entry[name] for name in names}, **{name: tuple(entry[name]) for name in lists})
 
     @staticmethod
     def all_of(library: loading.Library, met_inside: bool = False) -> list[Site]:
         """Those that kernels of a library have met; `met_inside`: since it was last configured."""
-        return [
-            Site(site["id"], site["kind"], site["file"], site["line"], tuple(site["inlined"]))
-            for site in library.json("fastgpt_emulator_sites")
-            if site["met"] or not met_inside
-        ]
+        return [Site.of(site) for site in library.json("fastgpt_emulator_sites") if site["met"] or not met_inside]
 
 
 @contextmanager
@@ -255,14 +263,16 @@ def emulated(
     checked: bool = True,
     profile: bool = False,
     disabled_site: int | None = None,
+    altered_site: tuple[int, str] | None = None,
     only: Iterable[str] | None = None,
 ) -> Iterator[None]:
     """Inside, ops on CPU tensors run their CUDA kernels under the emulator.
 
     `chip` chooses among kernels as a GPU of that kind would; another `seed` runs blocks and warps in another order;
-    `checked=False` leaves the checks out; `profile` counts bytes, sectors and bank conflicts (see `counters`). An op
-    without a kernel is an error, unless `only` names the ops to emulate. Raises UserError where the kernels are not
-    built for the emulator.
+    `checked=False` leaves the checks out; `profile` counts bytes, sectors and bank conflicts (see `counters`).
+    `disabled_site` or `altered_site`, not both: the call that is left out, or made wrong (see `Site`). An op without a
+    kernel is an error, unless `only` names the ops to emulate. Raises UserError where the kernels are not built for the
+    emulator.
     """
     global _emulation
     library = _emulated_library()
@@ -278,6 +288,10 @@ def emulated(
         "profile": profile,
         "disabled_site": -1 if disabled_site is None else disabled_site,
     }
+    if altered_site is not None:
+        if disabled_site is not None:
+            raise ValueError("disabled_site and altered_site: give one of them")
+        configuration |= {"altered_site": altered_site[0], "alteration": altered_site[1]}
     outer = _emulation
     ops = library.ops if only is None else frozenset(only)
     _emulation = _Emulation(ops, only is None, json.dumps(configuration))

@@ -26,11 +26,11 @@ std::string text(const std::vector<float>& values) {
 }
 
 template <class Kernel>
-std::string run(Kernel kernel) {
+std::string run(Kernel kernel, size_t shared_bytes = sizeof(Values)) {
   std::vector<float> values(64);
   Tensors tensors;
   float* y = tensors.out(values, "y");
-  launch(kernel, {dim3(1), dim3(64), sizeof(Values)}, y);
+  launch(kernel, {dim3(1), dim3(64), shared_bytes}, y);
   return text(values);
 }
 
@@ -77,3 +77,21 @@ __global__ void crashes(float* y) {
   if (in_bounds(int(threadIdx.x) + 64, 64)) emulator::copy_unseen(reinterpret_cast<void*>(16), y, sizeof(float));
 }
 MODEL(crashes) { return run(crashes); }
+
+struct Counted {
+  float of_thread[64];
+  uint64_t arrived;
+};
+
+// Nothing was copied; all else is needed, and so is each number.
+__global__ void waits_for_all(float* y) {
+  Counted& shared = dynamic_shared<Counted>();
+  cp_async_wait<0>();
+  if (threadIdx.x == 0) mbarrier_init(shared.arrived, 64);
+  __syncthreads();  // it is initialised
+  shared.of_thread[threadIdx.x] = threadIdx.x;
+  mbarrier_arrive(shared.arrived);
+  mbarrier_wait(shared.arrived, 0);
+  y[threadIdx.x] = shared.of_thread[63 - threadIdx.x];
+}
+MODEL(waits_for_all) { return run(waits_for_all, sizeof(Counted)); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,16 @@ def test_counters_are_emptied_and_off_by_default(emulator: Emulator) -> None:
 # ---- mutation sites ----
 
 
-def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
-    """Of kernels with barriers of every kind: without any one of them there is a finding, or a wrong result."""
-    met_by: dict[int, str] = {}  # the first model to meet a site
+def test_every_site_that_is_switched_off_or_altered_is_noticed(emulator: Emulator) -> None:
+    """Of kernels with barriers of every kind: without any one of them, or where one is wrong, there is a finding, or a
+    wrong result."""
+    met_by: dict[int, list[str]] = {}  # the models that meet a site
     for model in MODELS:
+        emulator.configure()
         assert emulator.text("emulator_run_model", model) == ""
         for site in emulator.sites():
-            met_by.setdefault(site["id"], model)
+            if site["met"]:
+                met_by.setdefault(site["id"], []).append(model)
     ours = [
         site for site in emulator.sites() if site["file"] in ("tests/emulator/models.cu", "tests/emulator/kernels.cuh")
     ]
@@ -102,15 +106,23 @@ def test_every_site_that_is_switched_off_is_noticed(emulator: Emulator) -> None:
     ours = [site for site in ours if site["kind"] not in WITHOUT_EFFECT]
     assert kinds >= {"__syncthreads", "__syncwarp", "mbarrier.try_wait", "wgmma.fence", "wgmma.commit_group"}
     assert kinds >= {"wgmma.wait_group", "cluster arrive", "cluster wait", "cp.async.wait_group", "mbarrier.arrive"}
-    unnoticed = set()
+    alterations = {alteration for site in ours for alteration in site["alterations"]}
+    assert alterations >= {"the other parity", "16 bytes more", "16 bytes fewer", "half of the bytes", "twice"}
+    assert alterations >= {"leaves one more group", "one arrival more", "one arrival fewer"}
+    unnoticed = []
     for site in ours:
-        emulator.configure(disabled_site=site["id"])
-        own = met_by[site["id"]]
-        if not any(emulator.text("emulator_run_model", model) for model in (own, *MODELS)):
-            line = (ROOT / site["file"]).read_text().splitlines()[site["line"] - 1].strip()
-            unnoticed.add((site["kind"], site["file"], site["line"], line))
+        for alteration in (None, *site["alterations"]):
+            if alteration is None:
+                emulator.configure(disabled_site=site["id"])
+            else:
+                emulator.configure(altered_site=site["id"], alteration=alteration)
+            if not any(emulator.text("emulator_run_model", model) for model in met_by[site["id"]]):
+                unnoticed.append((site["kind"], alteration, f"{site['file']}:{site['line']}"))
     emulator.findings()
-    assert unnoticed == set()
+    assert Counter(found[:2] for found in unnoticed) == {
+        ("fence.mbarrier_init", None): 2,  # for the TMA unit, and these mbarriers are met by threads alone
+        ("cp.async.bulk.wait_group", "waits for reading alone"): 3,  # the kernel ends there, which waits for the rest
+    }, unnoticed
 
 
 def test_sites_keep_their_numbers(emulator: Emulator) -> None:

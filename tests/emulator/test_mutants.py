@@ -12,7 +12,7 @@ import torch
 
 from fastgpt import native
 from tests.mutation import equivalent, mutants, test_mutation
-from tests.mutation.mutants import SURVIVED, Mutation, Scenario, Verdict
+from tests.mutation.mutants import SURVIVED, Mutant, Mutation, Scenario, Verdict
 from tests.mutation.scan import Sources, functions_of
 
 from .conftest import ROOT, Emulator
@@ -27,6 +27,8 @@ NEEDLESS = {  # the keys of what nothing needs
     ),
     (f"{SOURCE}, waits_twice: __syncthreads();",),
     (f"{SOURCE}, waits_twice: __syncthreads(); (2)",),
+    (f"{SOURCE}, waits_for_all: cp_async_wait<0>();",),
+    ("leaves one more group", f"{SOURCE}, waits_for_all: cp_async_wait<0>();"),
 }
 
 
@@ -44,13 +46,17 @@ def mutation(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Mutation:
         return Scenario(model, run)
 
     @contextmanager
-    def inside(scenario: Scenario, site: int | None) -> Iterator[None]:
-        emulator.configure(disabled_site=-1 if site is None else site)
+    def inside(scenario: Scenario, mutant: Mutant | None) -> Iterator[None]:
+        if mutant is None:
+            emulator.configure()
+        elif mutant.alteration is None:
+            emulator.configure(disabled_site=mutant.site.id)
+        else:
+            emulator.configure(altered_site=mutant.site.id, alteration=mutant.alteration)
         yield
 
     def met() -> list[native.Site]:
-        found = [site for site in emulator.sites() if site.pop("met")]
-        return [native.Site(**{**site, "inlined": tuple(site["inlined"])}) for site in found]
+        return [native.Site.of(site) for site in emulator.sites() if site["met"]]
 
     return Mutation([scenario(model) for model in MODELS], Sources(ROOT, ("csrc", "tests/emulator")), inside, met)
 
@@ -62,7 +68,8 @@ def verdicts(mutation: Mutation, function: str) -> list[Verdict]:
 
 
 def test_what_nothing_needs_survives_and_all_else_does_not(mutation: Mutation) -> None:
-    """A helper's barrier is asked about for each of its callers: the second one needs it, the first does not."""
+    """A helper's barrier is asked about for each of its callers: the second one needs it, the first does not. What is
+    made wrong is a mutant of its own."""
     assert mutation.control.outcome == SURVIVED, mutation.control.text()
     found = mutation.verdicts(mutation.mutants)
     survivors = [verdict.mutant for verdict in found if verdict.outcome == SURVIVED]
@@ -74,6 +81,7 @@ def test_what_nothing_needs_survives_and_all_else_does_not(mutation: Mutation) -
     for line in (number for number, text in enumerate(LINES, 1) if text == "  __syncthreads();" and number > 40):
         assert f"__syncthreads at {SOURCE}:{line}\n" in said
     assert "survived; ran: waits_twice" in said
+    assert f"cp.async.wait_group, leaves one more group, at {SOURCE}" in said
 
 
 def test_how_a_mutant_is_noticed(mutation: Mutation) -> None:
@@ -82,6 +90,8 @@ def test_how_a_mutant_is_noticed(mutation: Mutation) -> None:
     for kernel, outcome in {"other_numbers": "another result", "runs_on": "no end", "crashes": "crash"}.items():
         [verdict] = verdicts(mutation, kernel)
         assert verdict.outcome == outcome and verdict.ran == (kernel,), verdict.text()
+    altered = {v.mutant.alteration for v in verdicts(mutation, "waits_for_all") if v.mutant and v.outcome == "finding"}
+    assert altered == {None, "one arrival more", "one arrival fewer", "twice", "the other parity"}
 
 
 def test_a_list_of_equivalent_mutants_is_believed_and_checked(

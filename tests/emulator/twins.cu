@@ -534,6 +534,26 @@ TWINS(mbarrier_not_published, "data race") {
   LAUNCH(mbarrier_not_published, kBoxed, data.y);
 }
 
+template <bool kFaulty>
+__global__ void mbarrier_not_fenced(const float* x, float* y) {
+  Boxed& shared = dynamic_shared<Boxed>();
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.full, 1);
+    if (!kFaulty) fence_proxy_async();  // serves as well as fence_mbarrier_init()
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_bytes(shared.full, sizeof(shared.tile));
+    bulk_load(shared.tile, x, sizeof(shared.tile), shared.full);  // HERE mbarrier_not_fenced
+  }
+  mbarrier_wait(shared.full, 0);
+  y[threadIdx.x] = shared.tile[threadIdx.x];
+}
+TWINS(mbarrier_not_fenced, "missing proxy fence") {
+  Data data;
+  LAUNCH(mbarrier_not_fenced, kBoxed, data.x, data.y);
+}
+
 // The producer overwrites the tile without waiting until it was read.
 template <bool kFaulty>
 __global__ void tile_not_empty(const float* x, float* y) {

@@ -1,11 +1,20 @@
-"""The mutants that cannot be noticed, and why: with the site switched off the kernel is as right as before.
+"""The mutants that cannot be noticed, and why: the site is switched off or altered, the kernel as right as before.
 
-A key is the one that a failing test prints: file, function and code of the call, then those of the calls through which
-it was inlined. A line that holds no site because the barrier of its helper was compiled away is listed by its own key.
-What is listed and is noticed all the same, or is not there any more, fails a test.
+A key is the one that a failing test prints: the alteration, if there is one; file, function and code of the call, then
+those of the calls through which it was inlined. A line that holds no site because the barrier of its helper was
+compiled away is listed by its own key. What is listed and is noticed all the same, or is not there any more, fails a
+test.
 """
 
 from __future__ import annotations
+
+_TAKE = "csrc/attention/tiles_sm90.cuh, take: barrier_sync(kFirstBarrier + member, 2 * kWarpgroup);"
+_TAKEN_TO_ATTEND = "csrc/attention/forward_sm90.cu, consume: turns.take(tile); (2)"
+_TAKEN_TO_PASS = "csrc/attention/forward_sm90.cu, consume: turns.take(tile);"
+_CONSUME = (
+    "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: "
+    "consume<Tile>(shared, p, powers, maps, block, keys, keys_of_block);"
+)
 
 EQUIVALENT: dict[tuple[str, ...], str] = {
     (
@@ -32,23 +41,32 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
         "for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);",
     ): "queries that see something follow on those of a gap, so all of these exist; the helper has other callers",
-    (
-        "csrc/attention/tiles_sm90.cuh, take: barrier_sync(kFirstBarrier + member, 2 * kWarpgroup);",
-        "csrc/attention/forward_sm90.cu, consume: turns.take(tile);",
-        "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();",
-        "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: "
-        "consume<Tile>(shared, p, powers, maps, block, keys, keys_of_block);",
-    ): "turns are there for speed; a warpgroup that has no more tiles need not wait for one",
+    (_TAKE, _TAKEN_TO_PASS, "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();", _CONSUME): (
+        "turns are there for speed; a warpgroup that has no more tiles need not wait for one"
+    ),
+    **{
+        ("arrives and does not wait", _TAKE, *chain): (
+            "turns are there for speed: no result depends on them, and the ring of stages lets a warpgroup that takes "
+            "no heed of them run so little ahead that its counts still come out"
+        )
+        for chain in (
+            (_TAKEN_TO_ATTEND,),
+            (_TAKEN_TO_ATTEND, "csrc/attention/forward_sm90.cu, consume: attend(No(), Yes(), Few());", _CONSUME),
+            (
+                _TAKEN_TO_PASS,
+                "csrc/attention/forward_sm90.cu, consume: while (tile < tiles && hidden(tile)) pass();",
+                _CONSUME,
+            ),
+            (_TAKEN_TO_PASS, "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();", _CONSUME),
+        )
+    },
 }
 
 # Kinds of sites that order nothing in the emulator by themselves (docs/emulator.md, "What it cannot show").
-WITHOUT_EFFECT: dict[str, str] = {
-    **dict.fromkeys(
-        ("__threadfence", "__threadfence_block", "__threadfence_system"),
-        "the barrier or the launch that follows a fence is what orders memory here",
-    ),
-    "fence.mbarrier_init": "the barrier that must follow is what orders a use after the initialisation here",
-}
+WITHOUT_EFFECT: dict[str, str] = dict.fromkeys(
+    ("__threadfence", "__threadfence_block", "__threadfence_system"),
+    "the barrier or the launch that follows a fence is what orders memory here",
+)
 
 
 def reason(kind: str, key: tuple[str, ...]) -> str | None:

@@ -1,4 +1,4 @@
-"""Runs scenarios with one site switched off after another.
+"""Runs scenarios with one site switched off, or made wrong, after another.
 
 Every mutant runs in a process of its own, forked from this one: whatever it does to its memory ends with it, and one
 that runs on for ever has a limit of processor time. It runs the scenarios that meet its site, the quickest first, until
@@ -44,11 +44,14 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A site, and what names it whatever its line is."""
+    """A site, what is done to it, and what names both whatever the site's line is."""
 
     site: native.Site
+    alteration: str | None
+    """How the call is made wrong; None: it is switched off."""
     key: tuple[str, ...]
-    """The call and those through which it was inlined: file, function and code of each, innermost first."""
+    """The alteration, if there is one; the call and those through which it was inlined: file, function and code of
+    each, innermost first."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -61,13 +64,14 @@ class Mutant:
 
     def text(self) -> str:
         places = " <- ".join(self.places)
-        return f"{self.site.kind} at {places}\n" + "".join(f'    "{line}",\n' for line in self.key)
+        what = f", {self.alteration}," if self.alteration else ""
+        return f"{self.site.kind}{what} at {places}\n" + "".join(f'    "{line}",\n' for line in self.key)
 
 
 @dataclass(frozen=True)
 class Verdict:
     mutant: Mutant | None
-    """None: nothing was switched off."""
+    """None: nothing was done to any site."""
     outcome: str
     """SURVIVED, or by what it was noticed."""
     detail: str
@@ -76,12 +80,16 @@ class Verdict:
     seconds: float
 
     def text(self) -> str:
-        head = self.mutant.text() if self.mutant else "nothing switched off\n"
+        head = self.mutant.text() if self.mutant else "every site as it is\n"
         return f"{head}  {self.outcome}{': ' if self.detail else ''}{self.detail}; ran: {', '.join(self.ran)}"
 
 
-def emulated(scenario: Scenario, site: int | None) -> AbstractContextManager[None]:
-    return native.emulated(chip=scenario.chip, disabled_site=site)
+def emulated(scenario: Scenario, mutant: Mutant | None) -> AbstractContextManager[None]:
+    if mutant is None:
+        return native.emulated(chip=scenario.chip)
+    if mutant.alteration is None:
+        return native.emulated(chip=scenario.chip, disabled_site=mutant.site.id)
+    return native.emulated(chip=scenario.chip, altered_site=(mutant.site.id, mutant.alteration))
 
 
 def met_sites() -> list[native.Site]:
@@ -94,7 +102,7 @@ class Mutation:
 
     scenarios: Sequence[Scenario]
     sources: Sources
-    inside: Callable[[Scenario, int | None], AbstractContextManager[None]] = emulated
+    inside: Callable[[Scenario, Mutant | None], AbstractContextManager[None]] = emulated
     met: Callable[[], list[native.Site]] = met_sites
     results: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -118,19 +126,20 @@ class Mutation:
     @cached_property
     def mutants(self) -> list[Mutant]:
         """In the order of Mutant.order."""
-        made = [
-            Mutant(site, tuple(map(self.sources.key, (f"{site.file}:{site.line}", *site.inlined))))
-            for site in self.reached_by
-        ]
+        made = []
+        for site in self.reached_by:
+            key = tuple(map(self.sources.key, (f"{site.file}:{site.line}", *site.inlined)))
+            made.append(Mutant(site, None, key))
+            made += [Mutant(site, alteration, (alteration, *key)) for alteration in site.alterations]
         return sorted(made, key=lambda mutant: mutant.order)
 
     @cached_property
     def control(self) -> Verdict:
-        """Nothing switched off: the same results, in a child too."""
+        """Nothing done to any site: the same results, in a child too."""
         return self._verdict(None, list(self.scenarios))
 
     def verdict(self, mutant: Mutant) -> Verdict:
-        """Whether anything notices that the mutant's site is switched off."""
+        """Whether anything notices what is done to the mutant's site."""
         assert self.control.outcome == SURVIVED, self.control.text()
         return self._verdict(mutant, self.reached_by[mutant.site])
 
@@ -146,7 +155,7 @@ class Mutation:
     def _verdict(self, mutant: Mutant | None, scenarios: list[Scenario]) -> Verdict:
         unchanged = sum(self.seconds[scenario.name] for scenario in scenarios)
         said, status, seconds = _in_child(
-            lambda say: self._run(mutant.site.id if mutant else None, scenarios, say),
+            lambda say: self._run(mutant, scenarios, say),
             max(LEAST_SECONDS, MOST_TIMES * unchanged),
         )
         ran = tuple(line["ran"] for line in said if "ran" in line)
@@ -162,11 +171,11 @@ class Mutation:
             noticed = {"outcome": "crash", "detail": f"exit status {os.WEXITSTATUS(status)}"}
         return Verdict(mutant, noticed["outcome"], noticed["detail"], ran, seconds)
 
-    def _run(self, site: int | None, scenarios: list[Scenario], say: Callable[..., None]) -> None:
+    def _run(self, mutant: Mutant | None, scenarios: list[Scenario], say: Callable[..., None]) -> None:
         for scenario in scenarios:
             say(ran=scenario.name)
             try:
-                with self.inside(scenario, site):
+                with self.inside(scenario, mutant):
                     results = [result.detach() for result in scenario.run()]
             except RuntimeError as error:  # which is what a launch with findings raises
                 say(outcome="finding", detail=str(error).split("\n")[0])

@@ -1,7 +1,7 @@
 """Every barrier and index test of the kernels in csrc is needed by something that a scenario sees.
 
-Here a sample of them and those of the files that have changed, in `make test-all` all. That this can fail is shown by
-tests/emulator/test_mutants.py.
+Here one of each thing that can be wrong in a file, and those of the files that have changed; in `make test-all` all.
+That this can fail is shown by tests/emulator/test_mutants.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,31 @@ import pytest
 
 from tests.mutation.changes import COMMITS, changed_files
 from tests.mutation.equivalent import EQUIVALENT, reason
-from tests.mutation.mutants import SURVIVED, Mutation, Scenario, Verdict
+from tests.mutation.mutants import SURVIVED, Mutant, Mutation, Scenario, Verdict
 from tests.mutation.scan import Sources
 from tests.native_cases import built
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = 12  # mutants, of all ops together
 SECONDS_OF_CHANGED = 20.0  # of processor time; a change that needs more leaves the rest to `make test-all`
+
+# What can be wrong in attention's kernels on tensor cores, at least: kind of site, alteration.
+SM80 = {
+    ("__syncthreads", None),
+    ("cp.async.commit_group", None),
+    ("cp.async.wait_group", None),
+    ("cp.async.wait_group", "leaves one more group"),
+}
+SM90 = {
+    *(("mbarrier.init", how) for how in (None, "one arrival fewer", "one arrival more")),
+    *(("mbarrier.arrive", how) for how in (None, "twice", "16 bytes fewer", "16 bytes more", "half of the bytes")),
+    *(("mbarrier.try_wait", how) for how in (None, "the other parity")),
+    *((f"fence.{what}", None) for what in ("mbarrier_init", "proxy.async")),
+    *((f"wgmma.{what}", None) for what in ("fence", "commit_group", "wait_group")),
+    ("wgmma.wait_group", "leaves one more group"),
+    *((f"cp.async.bulk.{what}", None) for what in ("commit_group", "wait_group")),
+    ("cp.async.bulk.wait_group", "leaves one more group"),
+}
+ATTENTION = {"forward_sm80.cu": SM80, "backward_sm80.cu": SM80, "forward_sm90.cu": SM90}
 
 
 def scenarios() -> list[Scenario]:
@@ -81,12 +99,32 @@ def test_what_is_listed_as_equivalent_is_there(mutation: Mutation) -> None:
     assert not EQUIVALENT.keys() - there
 
 
-def test_a_sample_and_the_changed_files(mutation: Mutation) -> None:
-    sample, changed = mutation.mutants[:SAMPLE], changed_files(ROOT)
+def one_of_each(mutation: Mutation) -> dict[tuple[str, str, str | None], Mutant]:
+    """By file of the kernel, or of a helper that was not inlined, kind and alteration the first mutant that can be
+    noticed."""
+    found: dict[tuple[str, str, str | None], Mutant] = {}
+    for mutant in mutation.mutants:
+        if reason(mutant.site.kind, mutant.key) is None:
+            file = mutant.places[-1].rpartition(":")[0]
+            found.setdefault((file, mutant.site.kind, mutant.alteration), mutant)
+    return found
+
+
+@pytest.mark.parametrize("file", ATTENTION)
+def test_what_can_be_wrong_in_attention(mutation: Mutation, file: str) -> None:
+    """Fences, waits, arrivals, commits, parities, byte counts: each is a mutant."""
+    things = {(kind, how) for of, kind, how in one_of_each(mutation) if of == f"csrc/attention/{file}"}
+    assert not ATTENTION[file] - things
+
+
+def test_one_of_each_and_the_changed_files(mutation: Mutation) -> None:
+    sample, changed = list(one_of_each(mutation).values()), changed_files(ROOT)
     verdicts = mutation.verdicts(sample)
     spent = 0.0
-    for mutant in mutation.mutants[SAMPLE:]:
-        if spent < SECONDS_OF_CHANGED and any(place.rpartition(":")[0] in changed for place in mutant.places):
+    for mutant in mutation.mutants:
+        if mutant in sample or spent >= SECONDS_OF_CHANGED:
+            continue
+        if any(place.rpartition(":")[0] in changed for place in mutant.places):
             verdicts.append(mutation.verdict(mutant))
             spent += verdicts[-1].seconds
     assert not (said := complaints(verdicts)), said

@@ -68,10 +68,11 @@ def hopper(
     documents: tuple[int, ...] = (),
     late: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    backward: bool = False,
     **masks: Any,
 ) -> Scenario:
-    """The forward of T tokens, against these and `more_keys` before them, or on documents that begin there; the first
-    `late` tokens see no more than the end."""
+    """The forward of T tokens, or with the backward, against these and `more_keys` before them, or on documents that
+    begin there; the first `late` tokens see no more than the end."""
 
     def run() -> list[Tensor]:
         q = randn(1, T, heads[0], D, dtype=dtype)
@@ -81,6 +82,8 @@ def hopper(
             start, end = ops.document_bounds(torch.tensor([*documents, T]), 1, T)
             start[:, :late] = T - 64
             options |= dict(doc_start=start, doc_end=end)
+        if backward:
+            return outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True, **options), [q, k, v])
         with torch.no_grad():
             return list(ops.attention(q, k, v, return_lse=True, **options))
 
@@ -102,11 +105,11 @@ SCENARIOS = [
     tensor_cores(140, (1, 1), 8, batches=8),  # one block for each head, and two tiles of keys
     tensor_cores(140, (1, 1), 8, batches=8, documents=70),
     tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
-    hopper(20, (1, 1), 8, more_keys=3),  # half a tile; a warpgroup without queries
+    hopper(20, (1, 1), 8, more_keys=3, backward=True),  # half a tile; a warpgroup without queries
     hopper(100, (1, 1), 72, more_keys=330),  # whole tiles, a ring that comes round, half a tile at the end
     hopper(140, (2, 1), 120, more_keys=400, window=150, dtype=torch.float16),
     # One warpgroup is done, after half a tile, two, one and a half, or has not begun, and the other one goes on.
-    hopper(500, (1, 1), 8, documents=(0, 64), causal=False),
+    hopper(700, (1, 1), 8, documents=(0, 64), causal=False),  # so long that an arrival too many is one phase too many
     hopper(700, (1, 1), 8, documents=(0, 100, 320), causal=False),
     hopper(700, (1, 1), 8, documents=(0, 192), causal=False),
     hopper(512, (1, 1), 8, documents=(0, 448)),
