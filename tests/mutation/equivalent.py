@@ -13,7 +13,7 @@ _TAKEN_TO_ATTEND = "csrc/attention/forward_sm90.cu, consume: turns.take(tile); (
 _TAKEN_TO_PASS = "csrc/attention/forward_sm90.cu, consume: turns.take(tile);"
 _CONSUME = (
     "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: "
-    "consume<Tile>(shared, p, powers, maps, block, keys, keys_of_block);"
+    "consume<Tile>(shared, p, powers, maps, TileOfQueries<Tile>(p.plan, maps.heads_together, place), q, at);"
 )
 
 EQUIVALENT: dict[tuple[str, ...], str] = {
@@ -41,9 +41,6 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
         "for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);",
     ): "queries that see something follow on those of a gap, so all of these exist; the helper has other callers",
-    (_TAKE, _TAKEN_TO_PASS, "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();", _CONSUME): (
-        "turns are there for speed; a warpgroup that has no more tiles need not wait for one"
-    ),
     **{
         ("arrives and does not wait", _TAKE, *chain): (
             "turns are there for speed: no result depends on them, and the ring of stages lets a warpgroup that takes "

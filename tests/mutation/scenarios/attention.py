@@ -105,7 +105,8 @@ SCENARIOS = [
     tensor_cores(140, (1, 1), 8, batches=8),  # one block for each head, and two tiles of keys
     tensor_cores(140, (1, 1), 8, batches=8, documents=70),
     tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
-    hopper(20, (1, 1), 8, more_keys=3, backward=True),  # half a tile; a warpgroup without queries
+    # Half a tile; a warpgroup without queries; blocks that come to a third tile before the first one is finished.
+    hopper(20, (6, 1), 8, more_keys=3, backward=True),
     hopper(100, (1, 1), 72, more_keys=330),  # whole tiles, a ring that comes round, half a tile at the end
     hopper(140, (2, 1), 120, more_keys=400, window=150, dtype=torch.float16),
     # One warpgroup is done, after half a tile, two, one and a half, or has not begun, and the other one goes on.
