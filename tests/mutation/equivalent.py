@@ -41,6 +41,9 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         "csrc/attention/backward_sm80.cu, attention_backward_sm80_kernel: "
         "for (int gap = cleared; gap < first_tile; ++gap) clear_queries(gap);",
     ): "queries that see something follow on those of a gap, so all of these exist; the helper has other callers",
+    (
+        "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: for_each_tile(maps.tiles, [&](int place) {",
+    ): "what it is given is not inlined into it, and has sites of its own",
     **{
         ("arrives and does not wait", _TAKE, *chain): (
             "turns are there for speed: no result depends on them, and the ring of stages lets a warpgroup that takes "

@@ -107,6 +107,7 @@ SCENARIOS = [
     tensor_cores(40, (1, 1), 120, chip="sm_86", documents=10),
     # Half a tile; a warpgroup without queries; blocks that come to a third tile before the first one is finished.
     hopper(20, (6, 1), 8, more_keys=3, backward=True),
+    hopper(140, (2, 1), 8, more_keys=-132),  # a tile of queries that see nothing
     hopper(100, (1, 1), 72, more_keys=330),  # whole tiles, a ring that comes round, half a tile at the end
     hopper(140, (2, 1), 120, more_keys=400, window=150, dtype=torch.float16),
     # One warpgroup is done, after half a tile, two, one and a half, or has not begun, and the other one goes on.
