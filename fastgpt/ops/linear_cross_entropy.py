@@ -73,8 +73,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: float = 0,  # not 0.0: see cross_entropy
+    z_loss: float = 0,
     softcap: float | None = None,
     vocab_size: int | None = None,
     token_weights: Tensor | None = None,

@@ -98,8 +98,8 @@ def test_padding_that_ends_within_a_vector(columns: int, dtype: torch.dtype) -> 
         check(x, targets, f"{vocab_size} of {columns}", vocab_size=vocab_size, label_smoothing=0.1)
 
 
-# Bytes of a row that fit a block's shared memory: all but one KB of what the chip gives. Of a wider row 8 KB are kept for
-# each of as many vectors as 512 threads have room for there, and 12 in registers.
+# Bytes of a row that fit a block's shared memory: all but one KB of what the chip gives. Of a wider row as many times
+# 512 vectors are kept as fit there, and 12 times as many in registers.
 KEPT = {"sm_90a": 226 * 1024, "sm_80": 162 * 1024, "sm_86": 98 * 1024}
 WHOLE, REGISTERS, PART = (
     f"16-byte accesses; {end}"
