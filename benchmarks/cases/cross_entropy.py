@@ -44,7 +44,7 @@ def of(rows: int, V: int, dtype: torch.dtype, path: str = "vector", most: float 
 def cases() -> list[Case]:
     found = [case for dtype in (BF16, F16, F32, F64) for case in of(3, 20480, dtype)]
     found += of(2, 50304, BF16)
-    found += of(1, 128256, BF16)
+    found += [case for V, dtype in ((128256, BF16), (128256, F16), (65536, F32)) for case in of(1, V, dtype)]
     found += [case for dtype in (BF16, F16, F32, F64) for case in of(6, 128, dtype, most=None)]
     for V in (515, 101):
         found += [case for dtype in (BF16, F16, F32, F64) for case in of(6, V, dtype, "generic", None)]
