@@ -38,7 +38,7 @@ from .precision import (
     measure_weight_gradients,
     resolve_device,
 )
-from .resume import check_same_run, find_checkpoint
+from .resume import check_same_run, find_checkpoint, warn_of_new_run
 from .schedule import learning_rate_scale
 from .step import Step
 
@@ -110,6 +110,7 @@ class Trainer:
         self.config, self.callbacks = config, list(callbacks)
         self.warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
         self.run_dir = Path(config.out_dir)
+        warn_of_new_run(config, resume, self.warn)
         self.dataset = Dataset.open(config.data.path)
         self.dataset.check(config.model.vocab_size, config.model.block_size)
         self.data, self.validation = self.dataset.split("train"), self.dataset.split("val")
