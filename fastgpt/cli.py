@@ -150,16 +150,32 @@ def prepare(argv: list[str], prog: str) -> int:
         from .data.plan import plan, report
 
         return _print(report(plan(config), config) + "\n")
+    folder = Path(config.out_dir)
+    before = _stamp(folder / "dataset.json")
     try:
         prepare_data(config)
     except KeyboardInterrupt as interrupt:
-        begun = (Path(config.out_dir) / "prepare.json").exists()
-        raise type(interrupt)("the same command goes on from here" if begun else "nothing was written") from None
+        if _stamp(folder / "dataset.json") not in (None, before):  # the last thing that is written
+            what = f"{folder} is prepared, nothing is missing"
+        elif (folder / "prepare.json").exists():
+            what = "the same command goes on from here"
+        else:
+            what = "nothing was written"
+        raise type(interrupt)(what) from None
     with contextlib.suppress(OSError):  # a closed stderr is no matter
-        folder = shlex.quote(config.out_dir)
-        command = f"{_program()} train --preset tiny --data.path {folder} --batch_tokens 4096 --out_dir runs/first"
+        data = shlex.quote(config.out_dir)
+        command = f"{_program()} train --preset tiny --data.path {data} --batch_tokens 4096 --out_dir runs/first"
         print(f"next: {command}", file=sys.stderr)
     return 0
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Differs when a file has been replaced; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _resumed_config(given: dict[str, str]) -> dict[str, Any] | None:
@@ -261,7 +277,8 @@ def _train_dry_run(config: TrainConfig, options: TrainOptions) -> int:
     with whole_imports():
         from .data import Dataset
         from .estimate import estimate, report
-        from .resume import check_same_run, find_checkpoint
+        from .resume import check_same_run, find_checkpoint, warn_of_new_run
+    warn_of_new_run(config, options.resume, _warn)
     state = None
     if options.resume is not None and (found := find_checkpoint(config, options.resume, _warn)) is not None:
         state = found.state

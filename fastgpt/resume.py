@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, latest, resolve
+from .checkpoint import Checkpoint, latest, resolve, steps_on_disk
 from .config import OptimConfig, TrainConfig
 from .errors import UserError
 from .schedule import learning_rate_scale
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = ("out_dir", "log_every", "device", "eval", "checkpoint", "max_bad_steps", "precision", "data.path")
 
 
+def warn_of_new_run(config: TrainConfig, resume: str | None, warn: Callable[[str], None]) -> None:
+    """Say that "auto" finds no run in out_dir, and which folder beside it with nearly that name has one. For whoever
+    mistyped it, before anything that a new run has to say."""
+    run_dir = Path(config.out_dir)
+    if resume != "auto" or steps_on_disk(run_dir):
+        return
+    beside = run_dir.parent.iterdir() if run_dir.parent.is_dir() else ()
+    near = difflib.get_close_matches(run_dir.name, [path.name for path in beside if steps_on_disk(path)], n=1)
+    hint = f"; did you mean {run_dir.parent / near[0]}?" if near else ""
+    warn(f"nothing to resume in {run_dir}: a new run begins there{hint}")
+
+
 def find_checkpoint(config: TrainConfig, resume: str | None, warn: Callable[[str], None]) -> Checkpoint | None:
     """What a run of `config` goes on from; None where it begins anew. `resume` is as in Trainer.
 
@@ -26,10 +39,7 @@ def find_checkpoint(config: TrainConfig, resume: str | None, warn: Callable[[str
     """
     run_dir = Path(config.out_dir)
     if resume == "auto":
-        found = latest(run_dir, warn)
-        if found is None:
-            warn(f"nothing to resume in {run_dir}: a new run begins")
-        return found
+        return latest(run_dir, warn)
     own = latest(run_dir, warn, optimizer=False)
     if resume is not None:
         checkpoint = resolve(resume)

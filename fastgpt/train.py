@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,9 +38,12 @@ from .precision import (
     measure_weight_gradients,
     resolve_device,
 )
-from .resume import check_same_run, find_checkpoint
+from .resume import check_same_run, find_checkpoint, warn_of_new_run
 from .schedule import learning_rate_scale
 from .step import Step
+
+if TYPE_CHECKING:
+    from .data import Batch
 
 EXIT_INTERRUPTED = 75  # a signal came, the run was saved, and `--resume auto` goes on
 
@@ -107,6 +110,7 @@ class Trainer:
         self.config, self.callbacks = config, list(callbacks)
         self.warn = warn or (lambda message: print(f"fastgpt: warning: {message}", file=sys.stderr))
         self.run_dir = Path(config.out_dir)
+        warn_of_new_run(config, resume, self.warn)
         self.dataset = Dataset.open(config.data.path)
         self.dataset.check(config.model.vocab_size, config.model.block_size)
         self.data, self.validation = self.dataset.split("train"), self.dataset.split("val")
@@ -164,6 +168,7 @@ class Trainer:
         )
         capture = config.cuda_graphs and on_gpu and native.serves(self.device, ops_of(config.model))
         self.step = Step(self.model, self.optimizer, config, capture=capture)
+        self._prepared: dict[int, list[Batch]] = {}  # of the step to come, if it is known: its micro-batches
         self.log: MetricsLog | None = None
         self._stop: signal.Signals | None = None
 
@@ -230,9 +235,7 @@ class Trainer:
         nothing changed, where a signal comes between two micro-batches."""
         config, progress, step = self.config, self.progress, self.progress.step
         began = time.perf_counter()
-        per_step = config.accumulation * config.micro_batch_size
-        first = step * per_step
-        micro_batches = [self.batches.batch(first + i) for i in range(0, per_step, config.micro_batch_size)]
+        micro_batches = self._prepared.pop(step, None) or self._read(step)
         # one divisor for the whole step: a mean of the micro-batches' means would weigh their tokens unequally
         targets = max(1, sum(batch.n_targets for batch in micro_batches))
         for number, batch in enumerate(micro_batches):
@@ -243,12 +246,15 @@ class Trainer:
                 torch.manual_seed((config.seed * 1_000_003 + step * config.accumulation + number) % 2**63)
             self.step.accumulate(batch, targets)
         scale = learning_rate_scale(step, config.steps, config.optim)
-        loss_value, norm_value = self.step.update(scale).tolist()  # the only wait for the device: all is queued
+        outcome = self.step.update(scale)
+        if step + 1 < config.steps:  # while a GPU works through all that is queued
+            self._prepared = {step + 1: self._read(step + 1)}
+        loss_value, norm_value = outcome.tolist()  # the only wait for the device
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.seconds += seconds
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._note_bad_step(loss_value, norm_value, first, per_step)
+            self._note_bad_step(loss_value, norm_value)
         else:
             progress.bad_in_a_row = 0
         metrics = {
@@ -263,12 +269,23 @@ class Trainer:
             metrics["mfu"] = round(flops_per_token(config.model) * config.batch_tokens / seconds / peak, 4)
         return metrics
 
-    def _note_bad_step(self, loss: float, norm: float, first: int, count: int) -> None:
+    def _samples(self, step: int) -> range:
+        """The first sample of each micro-batch of the step; the range ends at the next step's first."""
+        count = self.config.accumulation * self.config.micro_batch_size
+        return range(step * count, (step + 1) * count, self.config.micro_batch_size)
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self.batches.batch(first) for first in self._samples(step)]
+
+    def _note_bad_step(self, loss: float, norm: float) -> None:
         progress = self.progress
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
-        text = f"step {progress.step} (samples {first} to {first + count - 1}): loss {loss}, gradient norm {norm}"
-        self.log.write({"step": progress.step, "skipped": True, "samples": [first, first + count]})
+        samples = self._samples(progress.step - 1)
+        text = (
+            f"step {progress.step} (samples {samples.start} to {samples.stop - 1}): loss {loss}, gradient norm {norm}"
+        )
+        self.log.write({"step": progress.step, "skipped": True, "samples": [samples.start, samples.stop]})
         if progress.bad_in_a_row >= self.config.max_bad_steps:
             raise UserError(
                 f"{text}; {progress.bad_in_a_row} such steps in a row: stopped. Lower the learning rate and resume "

@@ -529,7 +529,7 @@ INSTANTIATIONS = {
     "norm": 30,
     "swiglu": 16,
     "gelu": 16,
-    "cross_entropy": 24,
+    "cross_entropy": 27,
     "rotary": 30,
     "embedding": 24,
     "adamw": 7,

@@ -87,21 +87,27 @@ def stop(place: str, number: int, count: int) -> None:
 
 def note_batches(path: str) -> None:
     """Append the numbers of the samples of every step to a file, when it is done: a signal may drop it before."""
-    from fastgpt.data import Batches
+    from fastgpt.data import Batch, Batches
 
-    read: list[int] = []
-    step = train.Trainer._step
+    read: dict[int, tuple[Batch, int]] = {}  # by identity: a batch that is kept is no other's
+    used: list[int] = []
+    batch, step = Batches.batch, train.Trainer._step
 
-    def noted(trainer: train.Trainer) -> dict[str, Any] | None:
-        read.clear()
+    def noted_batch(self: Batches, first: int) -> Batch:
+        made = batch(self, first)
+        read[id(made)] = made, first
+        return made
+
+    def noted_step(trainer: train.Trainer) -> dict[str, Any] | None:
+        used.clear()
         metrics = step(trainer)
         if metrics is not None:
             with open(path, "a") as file:
-                file.writelines(f"{first}\n" for first in read)
+                file.writelines(f"{first}\n" for first in used)
         return metrics
 
-    before(Batches, "batch", lambda self, first, *args, **kwargs: read.append(first))
-    train.Trainer._step = noted
+    before(train.Step, "accumulate", lambda step, made, divisor: used.append(read.pop(id(made))[1]))
+    Batches.batch, train.Trainer._step = noted_batch, noted_step
 
 
 def save_killed(run: str, call: int) -> None:

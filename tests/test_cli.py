@@ -552,6 +552,18 @@ def test_a_second_run_in_the_same_folder_is_refused(inside, capsys, tmp_path):
     lock.release()
 
 
+def test_a_mistyped_run_is_told_of_first(inside, capsys, tmp_path, monkeypatch):
+    """A new run begins there, for the first start of a job and the next ones are one command; but not unnoticed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "runs/frost").mkdir()
+    for folder, hint in (("runs/frist", "; did you mean runs/first?"), ("runs/other", ""), ("new/frist", "")):
+        assert run("train", "--resume", "auto", "--out_dir", folder, "--data.path", "nowhere") == 2
+        warning, refused = capsys.readouterr().err.splitlines()
+        assert warning == f"fastgpt: warning: nothing to resume in {folder}: a new run begins there{hint}"
+        assert refused.startswith("fastgpt: error: nowhere")
+
+
 def test_resuming_under_other_settings_needs_a_word(inside, capsys, tmp_path):
     words = ["train", *TINY, "--out_dir", str(tmp_path / "r")]
     assert run(*words, "--steps", "2") == 0
@@ -622,7 +634,7 @@ def test_a_dry_run_of_a_resume_is_about_what_is_left(inside, capsys, tmp_path, m
     assert estimate(config.replace(precision="auto"), {"step": 3, "precision": "bfloat16"}).precision == "bfloat16"
     assert run("train", "--resume", "auto", "--out_dir", str(tmp_path / "new"), *TINY, "--dry_run") == 0
     out, err = capsys.readouterr()
-    assert "640,000 in 5,000 steps of 128 (" in out and "nothing to resume" in err
+    assert "640,000 in 5,000 steps of 128 (" in out and err.startswith("fastgpt: warning: nothing to resume")
 
 
 def test_it_is_said_that_the_precision_is_measured_before_it_is(inside, capsys, tmp_path, monkeypatch):
@@ -962,20 +974,26 @@ def test_a_signal_in_the_first_seconds_is_one_line(inside, tmp_path, place, numb
 
 def test_an_interrupted_prepare_says_how_to_go_on(inside, capsys, tmp_path, monkeypatch):
     from fastgpt.data import preparation
+    from fastgpt.data.preparation import Preparation
 
-    words = ["prepare", "texts", "--vocab_size", "300", "--workers", "1", "--out_dir", str(tmp_path / "data")]
-    for name, what, said in (
-        ("find_files", KeyboardInterrupt, "interrupted; nothing was written"),
-        ("read_pieces", Terminated, "terminated; the same command goes on from here"),
+    started, other = tmp_path / "data", tmp_path / "other"
+    for folder, owner, name, what, said in (
+        (started, preparation, "find_files", KeyboardInterrupt, "nothing was written"),
+        (started, preparation, "read_pieces", Terminated, "the same command goes on from here"),
+        (started, Preparation, "_remove_temporaries", Terminated, f"{started} is prepared, nothing is missing"),
+        (other, Preparation, "_summary", KeyboardInterrupt, f"{other} is prepared, nothing is missing"),
+        (other, preparation, "find_files", KeyboardInterrupt, "nothing was written"),  # what is there was before
     ):
 
         def stop(*_, what=what):
             raise what
 
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, name, stop)
-            assert run(*words) == (143 if what is Terminated else 130)
-        assert capsys.readouterr().err.splitlines()[-1] == f"fastgpt: {said}"
+            patch.setattr(owner, name, stop)
+            code = run("prepare", "texts", "--vocab_size", "300", "--workers", "1", "--out_dir", str(folder))
+        assert code == (143 if what is Terminated else 130)
+        word = "terminated" if what is Terminated else "interrupted"
+        assert capsys.readouterr().err.splitlines()[-1] == f"fastgpt: {word}; {said}"
 
 
 @pytest.mark.parametrize(("code", "number"), [(75, signal.SIGINT), (130, signal.SIGINT), (130, signal.SIGTERM)])

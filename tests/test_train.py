@@ -16,6 +16,7 @@ import torch
 from fastgpt import ModelConfig, TrainConfig, Trainer, train
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
+from fastgpt.data import Batches
 from fastgpt.errors import UserError
 from fastgpt.evaluate import evaluate
 from fastgpt.metrics import read_metrics
@@ -163,6 +164,34 @@ def test_stop_and_resume_equals_not_stopping(data, tmp_path):
         assert not resumed.interrupted
         assert files(tmp_path / f"stopped{step}") == files(tmp_path / "whole")
         assert curve(tmp_path / f"stopped{step}") == curve(tmp_path / "whole")
+
+
+def test_the_next_step_is_read_before_the_loss_is_waited_for(data, tmp_path, monkeypatch):
+    """So the host reads while a GPU works. No sample is read twice, nor for a step that never comes."""
+    batch, update, events = Batches.batch, Step.update, []
+
+    class Outcome:
+        def __init__(self, values):
+            self.values = values
+
+        def tolist(self):
+            events.append("wait")
+            return self.values.tolist()
+
+    def noted_batch(self, first):
+        events.append(first)
+        return batch(self, first)
+
+    def noted_update(self, scale):
+        events.append("queued")
+        return Outcome(update(self, scale))
+
+    monkeypatch.setattr(Batches, "batch", noted_batch)
+    monkeypatch.setattr(Step, "update", noted_update)
+    three = config(data, tmp_path / "run", steps=3)
+    assert (three.accumulation, three.micro_batch_size) == (2, 4)
+    Trainer(three).fit()
+    assert events == [0, 4, "queued", 8, 12, "wait", "queued", 16, 20, "wait", "queued", "wait"]
 
 
 def test_a_signal_between_two_micro_batches_drops_the_step(data, tmp_path, monkeypatch):

@@ -20,9 +20,12 @@ CrossEntropyPath choose_path(const char* entry, const CrossEntropy& p, bool two_
   const char* reason = found.reason();
   if (!reason) {
     const int vectors = (p.vocab_size * int64_t(bytes_of(p.dtype)) + 15) / 16;
-    reason = !two_passes                                 ? "16-byte accesses"
-             : cross_entropy_kept_vectors(p) == vectors ? "16-byte accesses; rows are kept in shared memory"
-                                                         : "16-byte accesses; shared memory keeps a part of each row";
+    const int in_shared = cross_entropy_kept_vectors(p), in_registers = cross_entropy_vectors_in_registers(p);
+    reason = !two_passes            ? "16-byte accesses"
+             : in_shared == vectors ? "16-byte accesses; rows are kept in shared memory"
+             : in_shared + in_registers == vectors
+                 ? "16-byte accesses; rows are kept in shared memory and registers"
+                 : "16-byte accesses; a part of each row is kept, the rest read twice";
   }
   remember_path(entry, found.reason() ? "generic" : "vector", reason);
   return found.reason() ? CrossEntropyPath::generic : CrossEntropyPath::vector;

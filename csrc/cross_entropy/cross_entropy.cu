@@ -12,11 +12,13 @@
 // to the next one while others still write. A grid of as many blocks as run at a time takes every n-th row.
 //
 // 50304 columns of 16 bits are 98 KB, so a multiprocessor of an H100 or H200 (227 KB for blocks) has two rows. Of a row
-// that does not fit (226 KB there, 162 KB on an A100) as much is kept as fits, and the rest is read a second time, soon
-// enough to be found in the L2 cache: of 128256 columns an eighth, so 2.12 movements in the place of 2; of 256000 five
-// ninths, so 2.55.
+// that does not fit (226 KB there, 162 KB on an A100) as much is kept as fits. Its block is alone on the multiprocessor, so
+// it has twice the registers, and they keep 96 KB more: all of 128256 columns on either, of 151936 on the larger. What is
+// left is read a second time, soon enough to be found in the L2 cache: of 256000 columns 36 % on an H100, so 2.36 movements
+// in the place of 2. The registers are asked for first, and are on their way while the rest comes to shared memory.
 //
-// Two tiles: a warp for each row of up to 128 vectors, whose sums need no barrier, and 512 threads for wider ones.
+// Three tiles: a warp for each row of up to 128 vectors, whose sums need no barrier; 512 threads for wider ones; and the
+// same with registers that keep a part of the row.
 //
 // The backward of an op that saw only its forward reads the logits once more, and writes once; the largest logit and the
 // sum are known by then, so every thread works alone: cross_entropy_backward_kernel.
@@ -42,11 +44,12 @@
 namespace fastgpt {
 namespace {
 
-template <int row_threads, int threads>
+template <int row_threads, int threads, int in_registers = 0>
 struct Rows {
   static constexpr int kRowThreads = row_threads;
   static constexpr int kThreads = threads;
   static constexpr int kRows = kThreads / kRowThreads;  // that a block works on at a time
+  static constexpr int kInRegisters = in_registers;     // vectors of a row that each thread keeps there
 };
 // kBlocks: on a multiprocessor at a time, at most.
 struct NarrowTile : Rows<kWarp, 128> {
@@ -55,9 +58,14 @@ struct NarrowTile : Rows<kWarp, 128> {
 struct WideTile : Rows<512, 512> {
   static constexpr int kBlocks = 2;
 };
+struct WidestTile : Rows<512, 512, 12> {
+  static constexpr int kBlocks = 1;
+};
 // Doubles take twice the registers.
 template <class T, class Tile>
 constexpr int kBlocksOf = sizeof(T) == 8 ? Tile::kBlocks / 2 : Tile::kBlocks;
+// So they leave none to spare.
+constexpr bool spares_registers(int element_bytes) { return element_bytes < 8; }
 
 constexpr int kWidestNarrowRow = 128;  // vectors, or single elements
 constexpr int kAhead = 8;              // vectors that a thread has on their way to shared memory
@@ -246,6 +254,36 @@ __device__ __forceinline__ void request(T* row_in_shared, const T* row, int vect
   cp_async_commit();
 }
 
+// The vectors that a thread keeps in registers, the one whose turn it is in front: registers have no index, and a loop with
+// a few moves in it is a twelfth of the code that all its turns written out would be.
+template <class T, int kSize, class Tile, int kCount = Tile::kInRegisters>
+struct InRegisters {
+  Vec<T, kSize> at[kCount];
+
+  // `first` is the thread's own; the row ends before `vectors`.
+  __device__ __forceinline__ void read_row(const T* row, int first, int vectors) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int vector = first + i * Tile::kRowThreads;
+      at[i] = {};
+      if (in_bounds(vector, vectors)) at[i] = load<kSize>(row + vector * kSize);
+    }
+  }
+  // After as many calls as there are vectors the first is in front again.
+  __device__ __forceinline__ Vec<T, kSize> next() {
+    const Vec<T, kSize> front = at[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) at[i - 1] = at[i];
+    at[kCount - 1] = front;
+    return front;
+  }
+};
+template <class T, int kSize, class Tile>
+struct InRegisters<T, kSize, Tile, 0> {
+  __device__ __forceinline__ void read_row(const T*, int, int) {}
+  __device__ __forceinline__ Vec<T, kSize> next() { return {}; }
+};
+
 // ---- kernels --------------------------------------------------------------------------------------------------
 
 template <class T, int kSize, class Tile>
@@ -253,7 +291,8 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
   using A = decltype(widen(T()));
   const int lane = threadIdx.x % Tile::kRowThreads, of_block = threadIdx.x / Tile::kRowThreads;
   const int vectors = (p.vocab_size + kSize - 1) / kSize;  // that have logits
-  const int kept = p.kept_vectors;                         // all of them, or a multiple of kRowThreads
+  const int kept = p.kept_vectors;  // in shared memory: all of them, or a multiple of kRowThreads
+  const int kept_at_all = kept + Tile::kInRegisters * Tile::kRowThreads;  // and in registers
 
   for (int64_t row = int64_t(blockIdx.x) * Tile::kRows + of_block; row < p.rows;
        row += int64_t(gridDim.x) * Tile::kRows) {
@@ -262,9 +301,12 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
     };
     const auto in_shared = [&](int vector) { return &dynamic_shared<T>() + (of_block * kept + vector) * kSize; };
     const Target target = target_of(p, row);
+    InRegisters<T, kSize, Tile> in_registers;
     Seen<A> seen;
     A rest = 0;
     if (!target.ignored) {
+      const auto add = [&](int vector, const Vec<T, kSize>& x) { seen.add(x, p, vector * kSize, target.column); };
+      in_registers.read_row(in_memory(0), kept + lane, vectors);
       if constexpr (kSize > 1) {
         if (kept > 0) {
 #pragma unroll
@@ -275,12 +317,17 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
         for (int vector = lane; vector < kept; vector += Tile::kRowThreads) {
           request<kSize>(in_shared(0), in_memory(0), vector + kAhead * Tile::kRowThreads, kept);
           cp_async_wait<kAhead>();
-          seen.add(load<kSize>(in_shared(vector)), p, vector * kSize, target.column);
+          add(vector, load<kSize>(in_shared(vector)));
         }
       }
+#pragma unroll 1
+      for (int vector = kept + lane; vector < kept_at_all; vector += Tile::kRowThreads) {
+        const Vec<T, kSize> x = in_registers.next();
+        if (vector < vectors) add(vector, x);
+      }
 #pragma unroll 4
-      for (int vector = kept + lane; vector < vectors; vector += Tile::kRowThreads) {
-        seen.add(load<kSize>(in_memory(vector)), p, vector * kSize, target.column);
+      for (int vector = kept_at_all + lane; vector < vectors; vector += Tile::kRowThreads) {
+        add(vector, load<kSize>(in_memory(vector)));
       }
       const int owner = target.column < 0 ? 0 : target.column / kSize % Tile::kRowThreads;
       join_threads<Tile>(seen, owner, p.label_smoothing != 0);
@@ -312,7 +359,12 @@ __global__ __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) void cross_entr
     for (int vector = lane; vector < min(kept, read); vector += Tile::kRowThreads) {
       write(vector, load<kSize>(in_shared(vector)));
     }
-    for (int vector = min(kept, read) + lane; vector < p.columns / kSize; vector += Tile::kRowThreads) {
+#pragma unroll 1
+    for (int vector = kept + lane; vector < kept_at_all; vector += Tile::kRowThreads) {
+      const Vec<T, kSize> x = in_registers.next();
+      if (vector < read) write(vector, x);
+    }
+    for (int vector = min(kept_at_all, read) + lane; vector < p.columns / kSize; vector += Tile::kRowThreads) {
       Vec<T, kSize> x{};
       if (vector < read) x = load<kSize>(in_memory(vector));  // padding need not be read
       write(vector, x);
@@ -359,11 +411,21 @@ int cross_entropy_kept_vectors(const CrossEntropy& p) {
   return vectors <= fit ? vectors : int(fit / WideTile::kRowThreads * WideTile::kRowThreads);
 }
 
+int cross_entropy_vectors_in_registers(const CrossEntropy& p) {
+  if (!spares_registers(bytes_of(p.dtype))) return 0;
+  const int left = vectors_of_row(p, 16 / bytes_of(p.dtype)) - cross_entropy_kept_vectors(p);
+  return std::min(left, WidestTile::kInRegisters * WidestTile::kRowThreads);
+}
+
 void launch_cross_entropy(const CrossEntropy& p, CrossEntropyPath path, Stream stream) {
   if (p.rows == 0) return;
   with_vectors(p.dtype, path == CrossEntropyPath::vector, [&](auto zero, auto size) {
-    if (vectors_of_row(p, size) <= kWidestNarrowRow) launch_tile<decltype(zero), size(), NarrowTile>(p, stream);
-    else launch_tile<decltype(zero), size(), WideTile>(p, stream);
+    using T = decltype(zero);
+    if (vectors_of_row(p, size) <= kWidestNarrowRow) return launch_tile<T, size(), NarrowTile>(p, stream);
+    if constexpr (size() > 1 && spares_registers(sizeof(T))) {
+      if (p.d_logits && cross_entropy_vectors_in_registers(p) > 0) return launch_tile<T, size(), WidestTile>(p, stream);
+    }
+    launch_tile<T, size(), WideTile>(p, stream);
   });
 }
 

@@ -35,9 +35,10 @@ struct CrossEntropy {
 // vector: 16 bytes at a time; rows begin at multiples of 16 bytes, and their width is one. generic: serves everything.
 enum class CrossEntropyPath { vector, generic };
 
-// How many 16-byte vectors of a row stay in shared memory between the two passes of the vector path; the rest of a row
-// that is too wide is read twice.
+// How many 16-byte vectors of a row stay in shared memory between the two passes of the vector path, and how many more in
+// registers; the rest of a row that is too wide is read twice.
 int cross_entropy_kept_vectors(const CrossEntropy& p);
+int cross_entropy_vectors_in_registers(const CrossEntropy& p);
 
 // Losses, and with d_logits their gradients.
 void launch_cross_entropy(const CrossEntropy& p, CrossEntropyPath path, Stream stream);

@@ -210,6 +210,40 @@ __device__ __forceinline__ A sum_of_head(A x, int lanes) {
   return x;
 }
 
+// Something of each channel of a head, in shared memory, for lanes that take kSize neighbours by 16 bytes. Where those are
+// two accesses (floats of 16-bit heads), neighbouring lanes would begin 32 bytes apart and half of the banks have two of
+// them to serve. So all first halves lie together and then all second ones, 16 banks further on: whoever takes single
+// channels in their order meets no bank twice either.
+template <class A, int kSize>
+struct alignas(16) Channels {
+  static constexpr int kStep = kSize * sizeof(A) > 16 ? 16 / sizeof(A) : kSize, kHalves = kSize / kStep;
+  static_assert(kHalves <= 2);
+  static constexpr int kBetween = kHalves == 1 ? 0 : kWidestNorm / 2 + 16;
+  A data[kHalves == 1 ? kWidestNorm : 2 * kBetween];
+
+  static __device__ __forceinline__ int place(int channel) {
+    return channel % kSize / kStep * kBetween + channel / kSize * kStep + channel % kStep;
+  }
+  // `first` is a multiple of kSize.
+  __device__ __forceinline__ void read_channels(A (&to)[kSize], int first) const {
+#pragma unroll
+    for (int i = 0; i < kSize; i += kStep) {
+      const Vec<A, kStep> loaded = load<kStep>(data + first / kSize * kStep + i / kStep * kBetween);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) to[i + j] = loaded.at[j];
+    }
+  }
+  __device__ __forceinline__ void write_channels(const A (&from)[kSize], int first) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += kStep) {
+      Vec<A, kStep> stored;
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) stored.at[j] = from[i + j];
+      store(data + first / kSize * kStep + i / kStep * kBetween, stored);
+    }
+  }
+};
+
 // One of the two weights: in shared memory, or with kSize = 1 where the caller has it.
 template <class A, int kSize>
 struct Weight {
@@ -221,8 +255,9 @@ struct Weight {
       first[0] = load_as<A>(data, dtype, at.first);
       second[0] = at.both ? load_as<A>(data, dtype, at.second) : A(0);
     } else {
-      load_all(first, static_cast<const A*>(data) + at.first);
-      if (at.both) load_all(second, static_cast<const A*>(data) + at.second);
+      const Channels<A, kSize>& kept = *static_cast<const Channels<A, kSize>*>(data);
+      kept.read_channels(first, at.first);
+      if (at.both) kept.read_channels(second, at.second);
     }
   }
 };
@@ -234,14 +269,15 @@ __device__ __forceinline__ void take_weights(const P& p, Weight<A, kSize> (&weig
     weights[0] = {p.q_weight, p.q_weight_dtype};
     weights[1] = {p.k_weight, p.k_weight_dtype};
   } else {
-    __shared__ __align__(16) A kept[2][kWidestNorm];
+    using Kept = Channels<A, kSize>;
+    __shared__ Kept kept[2];
     for (int i = threadIdx.x; i < p.plan.width; i += int(blockDim.x)) {
-      kept[0][i] = load_as<A>(p.q_weight, p.q_weight_dtype, i);
-      kept[1][i] = load_as<A>(p.k_weight, p.k_weight_dtype, i);
+      kept[0].data[Kept::place(i)] = load_as<A>(p.q_weight, p.q_weight_dtype, i);
+      kept[1].data[Kept::place(i)] = load_as<A>(p.k_weight, p.k_weight_dtype, i);
     }
     __syncthreads();
-    weights[0].data = kept[0];
-    weights[1].data = kept[1];
+    weights[0].data = &kept[0];
+    weights[1].data = &kept[1];
   }
 }
 
@@ -414,7 +450,8 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
 
   if constexpr (kSize > 1) {
     if (!p.partials) return;
-    __shared__ A of_warp[kSumWarps][2][kWidestNorm];
+    using Sums = Channels<A, kSize>;
+    __shared__ Sums of_warp[kSumWarps][2];
     const int warp = threadIdx.x / kWarp;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -427,17 +464,14 @@ __global__ __launch_bounds__(kSumThreads, kSumBlocks) void rotary_norm_backward_
       }
       if (slots.group() > 0 || slots.first() >= slots.all) continue;
       const Places at = Places::of<kSize>(plan, slots, slots.first());
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        of_warp[warp][part][at.first + i] = d_first[part][i];
-        if (at.both) of_warp[warp][part][at.second + i] = d_second[part][i];
-      }
+      of_warp[warp][part].write_channels(d_first[part], at.first);
+      if (at.both) of_warp[warp][part].write_channels(d_second[part], at.second);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * plan.width; i += kSumThreads) {
       const int part = i / int(plan.width), column = i - part * int(plan.width);
       A sum = 0;
-      for (int other = 0; other < kSumWarps; ++other) sum += of_warp[other][part][column];
+      for (int other = 0; other < kSumWarps; ++other) sum += of_warp[other][part].data[Sums::place(column)];
       static_cast<A*>(p.partials)[blockIdx.x * 2 * plan.width + i] = sum;
     }
   }

@@ -20,8 +20,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,7 @@ from .loading import Library
 FOLDER = build.CSRC.parent / "build" / "emulate"
 _KEPT = 64  # libraries in FOLDER, of which those that were not used for longest go
 _MOST_THREADS = 1024  # of a block
+PATIENCE_SECONDS = 2.0  # that a compilation may take before a line says what is being done
 _ACCESSES = {"input": 0, "output": 1, "in place": 2}  # emulator::TensorAccess
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _BOUNDS = r"(?:__launch_bounds__\s*\([^()]*\)\s*)?"
@@ -192,7 +195,8 @@ def _value(kernel: str, parameter: Parameter, argument: Any) -> Any:
 
 
 def compile(source: str | Path) -> Kernels:
-    """The kernels of a .cu file, or of the text of one; takes about a second, and hardly anything the second time.
+    """The kernels of a .cu file, or of the text of one; takes about a second, and hardly anything the second time. The
+    first of all compiles the emulator too. What lasts is told on stderr, in one line.
 
     Raises toolchain.Missing where there is no g++ or no CUDA headers, UserError with the compiler's words where it does
     not compile.
@@ -210,7 +214,8 @@ def compile(source: str | Path) -> Kernels:
     unit = FOLDER / f"{file.stem}.{_digest(text, code)}.cpp"
     FOLDER.mkdir(parents=True, exist_ok=True)
     build._write(unit, code)
-    path = build_library([unit], beside=file.parent, options=["-include", str(_precompiled())])
+    with _told_if_it_lasts(f"compiling {file.name}, and the emulator where that is not done yet ..."):
+        path = build_library([unit], beside=file.parent, options=["-include", str(_precompiled())])
     library = Library(path, {}, frozenset(), ctypes.CDLL(str(path)))
     # A process can hold some dozens: what nobody has any more goes.
     weakref.finalize(library, _ctypes.dlclose, library.handle._handle).atexit = False
@@ -219,6 +224,18 @@ def compile(source: str | Path) -> Kernels:
         types = _call(library, f"fastgpt_parameters_{kernel}").split(", ") if names else []
         kernels[kernel] = tuple(map(Parameter, names, types))
     return Kernels(kernels, library)
+
+
+@contextlib.contextmanager
+def _told_if_it_lasts(text: str) -> Iterator[None]:
+    timer = threading.Timer(PATIENCE_SECONDS, print, (f"fastgpt: {text}",), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _call(library: Library, function: str, *arguments: Any) -> str:

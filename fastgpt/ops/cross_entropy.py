@@ -47,8 +47,9 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    # Not 0.0: with dynamic=True torch.compile takes a float default for a symbol, needs its value, and traces anew.
+    label_smoothing: float = 0,
+    z_loss: float = 0,
     softcap: float | None = None,
     vocab_size: int | None = None,
     overwrite_logits: bool = False,

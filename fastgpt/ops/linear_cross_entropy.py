@@ -24,7 +24,8 @@ Contract
     ValueError     where a shape, dtype, device or option is otherwise; the same on every device.
     With the kernels of cross_entropy one call makes a chunk's logits their gradient, in one read and one write.
     In bf16 and fp16 the logits are rounded to that type by their GEMM, the softmax is in fp32, its gradient is rounded
-    once, and dW sums over the chunks in fp32. Under autocast x, weight and bias are cast to its dtype.
+    once, and dW sums over the chunks in fp32: on a GPU inside the GEMM, elsewhere a chunk's product is rounded first.
+    Under autocast x, weight and bias are cast to its dtype.
     Differentiable twice without kernels (the second time through `reference`, which holds the logits).
 
 Sources: the loss as in cross_entropy.py; gradients in the forward, by chunks: Hsu et al. 2024 (Liger Kernel).
@@ -73,8 +74,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: float = 0,  # not 0.0: see cross_entropy
+    z_loss: float = 0,
     softcap: float | None = None,
     vocab_size: int | None = None,
     token_weights: Tensor | None = None,
@@ -346,6 +347,8 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """total <- beta * total + a @ b, beta 0 or 1; total may be wider than a and b, and with beta 0 is not read."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
+    elif total.is_cuda and not torch.compiler.is_compiling():  # inductor would round to the dtype of a and b
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)  # nothing rounded, no other pass
     elif beta:
         total.add_(a @ b)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def compiled(source: str | Path) -> emulate.Kernels:
         return emulate.compile(source)
     except toolchain.Missing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("patience", [0.05, 60.0])
+def test_a_compilation_that_lasts_is_told_in_one_line(
+    patience: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_library = emulate.build_library
+
+    def slow(*given: Any, **options: Any) -> Path:
+        time.sleep(0.5)
+        return build_library(*given, **options)
+
+    monkeypatch.setattr(emulate, "PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(emulate, "build_library", slow)
+    compiled("__global__ void nothing() {}")
+    said = "fastgpt: compiling kernel.cu, and the emulator where that is not done yet ...\n"
+    assert capsys.readouterr().err == (said if patience < 0.5 else "")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from fastgpt import native
 from fastgpt.ops import cross_entropy
@@ -182,6 +183,31 @@ def test_compiles_whole(device):
         [randn(6, 12, dtype=torch.float32, device=device)],
         "cross_entropy",
     )
+
+
+def with_options(logits, targets):
+    return cross_entropy(logits, targets, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, with_options])
+def test_one_compilation_serves_all_batch_sizes(op, device):
+    """And one tracing: dynamo would begin again for a float that it took for a symbol."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=backend)
+    for B in (4, 6, 9):
+        targets = some_targets(B, 12, device)
+        found, expected = (
+            outputs_and_gradients(lambda x: f(x, targets), [randn(B, 12, device=device)])  # noqa: B023
+            for f in (compiled, op)
+        )
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == 1
 
 
 BAD = {

@@ -98,17 +98,30 @@ def test_padding_that_ends_within_a_vector(columns: int, dtype: torch.dtype) -> 
         check(x, targets, f"{vocab_size} of {columns}", vocab_size=vocab_size, label_smoothing=0.1)
 
 
-# Bytes of a row that fit a block's shared memory: all but one KB of what the chip gives.
-KEPT = {"sm_90a": 226 * 1024, "sm_80": 162 * 1024}
-WHOLE, PART = ("16-byte accesses; " + end for end in ("rows are kept in shared memory",
-                                                      "shared memory keeps a part of each row"))  # fmt: skip
+# Bytes of a row that fit a block's shared memory: all but one KB of what the chip gives. Of a wider row as many times
+# 512 vectors are kept as fit there, and 12 times as many in registers.
+KEPT = {"sm_90a": 226 * 1024, "sm_80": 162 * 1024, "sm_86": 98 * 1024}
+WHOLE, REGISTERS, PART = (
+    f"16-byte accesses; {end}"
+    for end in (
+        "rows are kept in shared memory",
+        "rows are kept in shared memory and registers",
+        "a part of each row is kept, the rest read twice",
+    )
+)
 
 
-@pytest.mark.parametrize("chip", KEPT)
-def test_rows_around_what_shared_memory_holds(chip: str) -> None:
-    """The widest row that is kept, and the next one, a part of which is read twice; bitwise as the two entries."""
-    widest = KEPT[chip] // 2
-    for columns, reason in ((widest, WHOLE), (widest + 8, PART)):
+def with_registers(chip: str) -> int:
+    """Bytes of the widest row that is read once."""
+    return (KEPT[chip] // 8192 + 12) * 8192
+
+
+@pytest.mark.parametrize("chip", ["sm_90a", "sm_80"])
+def test_rows_around_what_is_kept(chip: str) -> None:
+    """The widest row in shared memory and the next one, the widest with registers and the next one, a part of which is
+    read twice; bitwise as the two entries."""
+    widest, wider = KEPT[chip] // 2, with_registers(chip) // 2
+    for columns, reason in ((widest, WHOLE), (widest + 8, REGISTERS), (wider, REGISTERS), (wider + 8, PART)):
         x, targets, d_losses = randn(1, columns, dtype=BF16), torch.tensor([columns - 1]), torch.ones(1)
         with native.emulated(chip, checked=False):
             losses, d_x = in_place(x, targets, d_losses)
@@ -116,6 +129,24 @@ def test_rows_around_what_shared_memory_holds(chip: str) -> None:
             expected, known = entries.cross_entropy_forward(x, targets, *arguments({}))
             d_expected = entries.cross_entropy_backward(d_losses, x, targets, known, *arguments({}))
         assert kernels.same([losses, d_x], [expected, d_expected])
+
+
+@DTYPES
+def test_rows_that_registers_keep_a_part_of(dtype: torch.dtype) -> None:
+    """A second row for each block, ignored rows, targets and padding in that part; doubles have no registers for it."""
+    size = dtype.itemsize
+    columns = KEPT["sm_86"] // size + 1000
+    vocab_size, targets = columns - 9, torch.tensor([columns - 10, IGNORED, 5, columns - 900, IGNORED])
+    x, d_losses = randn(5, columns, dtype=dtype), randn(5, dtype=torch.promote_types(dtype, F32), seed=1)
+    x[:, vocab_size:] = float("nan")
+    given = dict(EVERYTHING, vocab_size=vocab_size)
+    with native.emulated("sm_86"):
+        losses, d_x = in_place(x, targets, d_losses, **given)
+        assert kernels.last_path() == ("vector", PART if dtype == F64 else REGISTERS)
+        expected, known = entries.cross_entropy_forward(x, targets, *arguments(given))
+        d_expected = entries.cross_entropy_backward(d_losses, x, targets, known, *arguments(given))
+    assert kernels.same([losses, d_x], [expected, d_expected])
+    assert (d_x[:, vocab_size:] == 0).all() and (d_x[targets == IGNORED] == 0).all()
 
 
 def test_many_rows() -> None:
@@ -444,7 +475,8 @@ def test_bytes_and_sectors(columns: int, dtype: torch.dtype) -> None:
         assert kernels.total(counts, "conflicts") == 0
 
 
-KERNELS = 4 * 2 * 3  # four dtypes, vectors and single elements; two tiles, and the backward
+# Four dtypes, vectors and single elements; two tiles, and the backward. The tile with registers has vectors and three.
+KERNELS = 4 * 2 * 3 + 3
 
 
 def test_instantiations_are_few() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import native
 from fastgpt.ops import linear_cross_entropy
-from fastgpt.ops.linear_cross_entropy import ROW_ALIGNMENT, reference
+from fastgpt.ops.linear_cross_entropy import ROW_ALIGNMENT, _add_product_, reference
 from tests.ops import kernels
 from tests.ops.checks import check_compiled, check_error, check_fake, check_gradients, check_layouts, values
 from tests.ops.test_cross_entropy import IGNORED, some_targets, torchs
@@ -210,6 +211,34 @@ def test_weight_gradients_stay_accurate_over_many_chunks(device, dtype):
         [x, weight],
         "many chunks",
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "compiling", "by_gemm"),
+    [
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.float16, False, True),
+        ("cuda", torch.bfloat16, True, False),
+        ("cuda", torch.float32, False, False),  # addmm_, as ever
+        ("cpu", torch.bfloat16, False, False),
+    ],
+)
+def test_on_a_gpu_the_gemm_adds_to_the_weight_gradient(place, dtype, compiling, by_gemm, monkeypatch):
+    """In place, in fp32, and with no product of its own. Fake tensors need no GPU."""
+    calls = []
+    monkeypatch.setattr(torch, "addmm", lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with FakeTensorMode(), Allocations() as seen:
+        total = torch.empty(4, 5, device=place)
+        a, b = (torch.empty(*shape, device=place, dtype=dtype) for shape in ((4, 7), (7, 5)))
+        _add_product_(total, a, b, beta=1)
+    assert ("mm" in seen.names) == (not by_gemm and dtype != torch.float32)
+    if not by_gemm:
+        assert not calls
+        return
+    [((summand, *factors), options)] = calls
+    assert summand is total and factors[0] is a and factors[1] is b
+    assert options.pop("out") is total and options == dict(beta=1, out_dtype=torch.float32)
 
 
 def test_accumulated_micro_batches_equal_one_batch(device):

@@ -266,6 +266,16 @@ def test_a_second_derivative_is_refused(norm: bool) -> None:
             torch.autograd.grad(y.sum(), args, create_graph=True)
 
 
+@pytest.mark.parametrize(("D", "dtype"), [(64, F64), (64, F32), (64, BF16), (96, BF16), (128, F16), (256, BF16)])
+def test_the_norm_meets_no_bank_of_shared_memory_twice(D: int, dtype: torch.dtype) -> None:
+    """Where its weights are kept, and where the sums for their gradients come together; the last D is the widest."""
+    shape = Shape(1, 9, 6, 2, D, D, dtype, norm=True)
+    with kernels.counted() as counts:
+        outputs_and_gradients(shape.call(ops.rotary), shape.args)
+    assert kernels.last_path()[0] == "vector" and len(counts) == 3, counts.keys()
+    assert kernels.total(counts, "conflicts") == 0
+
+
 @pytest.mark.parametrize("D", [16, 6])
 def test_only_what_is_needed_is_computed(D: int) -> None:
     shape = Shape(1, 3, 2, 1, D, D, F32, norm=True)

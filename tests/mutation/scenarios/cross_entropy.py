@@ -1,4 +1,4 @@
-"""cross_entropy: vectors and single elements, both tiles, rows that stay in shared memory, padding, and blocks that
+"""cross_entropy: vectors and single elements, each tile, rows that stay in shared memory, padding, and blocks that
 come to a second row."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tests.mutation.mutants import Scenario
 from tests.rule import outputs_and_gradients, randn
 
 
-def cross_entropy(rows: int, V: int, dtype: torch.dtype, columns: int | None = None) -> Scenario:
+def cross_entropy(rows: int, V: int, dtype: torch.dtype, columns: int | None = None, chip: str = "sm_90a") -> Scenario:
     """Forward and backward, and both at once in place; `columns` of which V are no padding."""
 
     def run() -> list[Tensor]:
@@ -24,7 +24,7 @@ def cross_entropy(rows: int, V: int, dtype: torch.dtype, columns: int | None = N
         )
         return [*found, losses, x]
 
-    return Scenario(f"cross_entropy of {rows} rows of {V} in {dtype}", run)
+    return Scenario(f"cross_entropy of {rows} rows of {V} in {dtype}", run, chip)
 
 
 SCENARIOS = [
@@ -32,4 +32,5 @@ SCENARIOS = [
     cross_entropy(5, 13, torch.float64),
     cross_entropy(6, 520, torch.float32),  # a block for each row, and more rows than blocks that stay
     cross_entropy(6, 129, torch.float16),
+    cross_entropy(2, 50500, torch.bfloat16, columns=50512, chip="sm_86"),  # registers keep a part of a row
 ]
