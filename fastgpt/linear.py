@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops import contract
+
 PLAIN = "plain"  # as torch's own layer does it
 SPLITS = (2, 4, 8)
 
@@ -68,22 +70,15 @@ def weight_gradient(d_y: Tensor, x: Tensor, formulation: str, dtype: torch.dtype
     return FORMULATIONS[formulation](*rows).to(dtype).contiguous()
 
 
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """What it wants its gradient in: those of bf16 weights may be summed up in float32."""
-    return (parameter.grad_dtype if parameter.is_leaf else None) or parameter.dtype
-
-
 def _someone_looks_inside(x: Tensor) -> bool:
-    kind = x.device.type
-    autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-    return autocast or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return contract.autocasting(x) or torch.compiler.is_compiling() or contract.transformed()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formulation: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.dtypes = [None if t is None else gradient_dtype(t) for t in (weight, bias)]
+        ctx.dtypes = [None if t is None else contract.gradient_dtype(t) for t in (weight, bias)]
         ctx.formulation = formulation
         return F.linear(x, weight, bias)
 

@@ -10,8 +10,9 @@ import torch
 
 from .config import TrainConfig
 from .errors import UserError
-from .linear import FORMULATIONS, PLAIN, Linear, gradient_dtype, weight_gradient
+from .linear import FORMULATIONS, PLAIN, Linear, weight_gradient
 from .model import GPT
+from .ops.contract import gradient_dtype
 
 
 def resolve_device(name: str) -> torch.device:

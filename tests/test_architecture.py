@@ -21,7 +21,8 @@ PACKAGE = ROOT / "fastgpt"
 LAYERS = [
     {"errors", "config", "files", "interrupts", "machine", "units"},
     {"arguments", "native", "schedule", "flops"},
-    {"ops", "linear", "tokenizer"},
+    {"ops", "tokenizer"},
+    {"linear"},
     {"model", "optim", "data", "accuracy"},
     {"checkpoint", "generate", "evaluate", "precision"},
     {"metrics", "resume", "step"},

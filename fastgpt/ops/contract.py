@@ -123,6 +123,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """What autograd wants its gradient in: its own dtype, or the wider one in which its owner sums gradients up."""
+    wide = accumulator(parameter.dtype)
+    asked = not torch.compiler.is_compiling() and parameter.is_leaf and parameter.grad_dtype == wide
+    return wide if asked else parameter.dtype
+
+
 def transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp ...) is at work: it needs plain, batchable, forward-differentiable code."""
     return torch._C._are_functorch_transforms_active()

@@ -36,6 +36,7 @@ from fastgpt.ops.contract import (
     check_floating,
     check_tensor,
     dtype_name,
+    gradient_dtype,
     needs_gradient,
     refuse_double_backward,
 )
@@ -69,12 +70,6 @@ def reference(ids: Tensor, weight: Tensor, *, vocab_size: int | None = None) -> 
     return F.embedding(ids, weight if rows == weight.shape[0] else weight[:rows])
 
 
-def _gradient_dtype(weight: Tensor) -> torch.dtype:
-    """What autograd wants a gradient of weight in: its own dtype, or what its owner asked for."""
-    wide = not torch.compiler.is_compiling() and weight.is_leaf and weight.grad_dtype == accumulator(weight.dtype)
-    return accumulator(weight.dtype) if wide else weight.dtype
-
-
 class _SummedInFloat32(torch.autograd.Function):
     """F.embedding for 16-bit weights; torch's own backward would round after every addition."""
 
@@ -86,7 +81,7 @@ class _SummedInFloat32(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
         ids, weight, _ = inputs
         ctx.save_for_backward(ids)
-        ctx.rows, ctx.dtype = weight.shape[0], _gradient_dtype(weight)
+        ctx.rows, ctx.dtype = weight.shape[0], gradient_dtype(weight)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[None, Tensor, None]:
@@ -121,7 +116,7 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: Any, ids: Tensor, weight: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.ops, ctx.rows, ctx.stored, ctx.dtype = ops, rows, weight.shape[0], _gradient_dtype(weight)
+        ctx.ops, ctx.rows, ctx.stored, ctx.dtype = ops, rows, weight.shape[0], gradient_dtype(weight)
         return ops.embedding_forward.default(ids, weight, rows)
 
     @staticmethod

@@ -25,6 +25,7 @@ Contract
     With the kernels of cross_entropy one call makes a chunk's logits their gradient, in one read and one write.
     In bf16 and fp16 the logits are rounded to that type by their GEMM, the softmax is in fp32, its gradient is rounded
     once, and dW sums over the chunks in fp32: on a GPU inside the GEMM, elsewhere a chunk's product is rounded first.
+    Where a weight's gradients are gathered in float32 (`weight.grad_dtype`), its sum is not rounded at all.
     Under autocast x, weight and bias are cast to its dtype.
     Differentiable twice without kernels (the second time through `reference`, which holds the logits).
 
@@ -161,7 +162,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         row_weights = _row_weights(targets, token_weights, options, contract.accumulator(x.dtype))
         # With "none" the rows' factors are known only in the backward.
         needed = tuple(n and options.reduction != "none" for n in ctx.needs_input_grad[1:4])
-        losses, gradients = _by_chunks(ops, x, weight, bias, targets, row_weights, options, needed)
+        ctx.dtypes = [None if t is None else contract.gradient_dtype(t) for t in (x, weight, bias)]
+        losses, gradients = _by_chunks(ops, x, weight, bias, targets, row_weights, options, needed, ctx.dtypes[1])
         loss, divisor = _reduced(losses, row_weights, options)
         ctx.save_for_backward(x, weight, bias, targets, token_weights, row_weights, divisor, *gradients)
         ctx.ops, ctx.options = ops, options
@@ -192,16 +194,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
             return None, *(next(found) if n else None for n in needed), None, None, None
         if options.reduction == "none":
-            _, gradients = _by_chunks(ctx.ops, x, weight, bias, targets, row_weights * d_loss, options, needed)
+            row_weights = row_weights * d_loss
+            _, gradients = _by_chunks(ctx.ops, x, weight, bias, targets, row_weights, options, needed, ctx.dtypes[1])
             factor = None
         elif options.reduction == "sum":
             factor = d_loss
         else:
             factor = torch.where(divisor == 0, 0.0, d_loss / divisor)  # all ignored: no gradient, as torch
         found = []
-        for parameter, gradient in zip((x, weight, bias), gradients, strict=True):
+        for dtype, gradient in zip(ctx.dtypes, gradients, strict=True):
             if gradient is not None:
-                scaled = torch.empty_like(parameter)
+                scaled = torch.empty_like(gradient, dtype=dtype)
                 gradient = torch.mul(gradient, 1.0 if factor is None else factor, out=scaled)  # one pass, one rounding
             found.append(gradient)
         return None, *found, None, None, None
@@ -233,17 +236,18 @@ def _by_chunks(
     row_weights: Tensor,  # (N,) fp32 or fp64
     options: _Options,
     needed: tuple[bool, bool, bool],
+    weight_gradient: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Losses (N,) of the rows, unweighted, and the gradients of their weighted sum that are needed.
 
     The gradient of x is in its dtype, that of bias in the type of row_weights; that of weight in the latter too where
-    it is summed over several chunks.
+    it is summed over several chunks, or wanted in it.
     """
     (N, C), V = x.shape, options.vocab_size
     compute = row_weights.dtype
     losses = row_weights.new_empty(N)
     d_x = torch.empty(N, C, dtype=x.dtype, device=x.device) if needed[0] else None
-    sums = compute if options.rows < N else x.dtype
+    sums = compute if options.rows < N or weight_gradient == compute else x.dtype
     d_weight = torch.empty(weight.shape, dtype=sums, device=x.device) if needed[1] else None
     if d_weight is not None:
         d_weight[V if N else 0 :] = 0.0  # the rest is written by the first chunk

@@ -241,6 +241,26 @@ def test_on_a_gpu_the_gemm_adds_to_the_weight_gradient(place, dtype, compiling, 
     assert options.pop("out") is total and options == dict(beta=1, out_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("N", [16, 50])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_gradient_gathered_in_float32_is_not_rounded(device, dtype, N):
+    """Out of one chunk and of several: nearer to float64's than one that was rounded to the weight's type."""
+    x, weight, _ = arguments(N=N, dtype=dtype, device=device)
+    targets = some_targets(N, 40, device)
+    errors = []
+    for gathered in (None, torch.float32):
+        leaf = weight.clone().requires_grad_()
+        if gathered is not None:
+            leaf.grad_dtype = gathered
+        linear_cross_entropy(x, leaf, targets, z_loss=0.01).backward()
+        exact = weight.double().requires_grad_()
+        two_steps(x.double(), exact, targets, z_loss=0.01).backward()
+        assert leaf.grad.dtype == (gathered or dtype)
+        errors.append((leaf.grad.double() - exact.grad).abs().mean())
+    assert errors[1] < errors[0]
+    assert not torch.equal(leaf.grad, leaf.grad.to(dtype).float())
+
+
 def test_accumulated_micro_batches_equal_one_batch(device):
     x, weight, _ = arguments(64 * 6, dtype=torch.float32, device=device)
     targets = some_targets(64 * 6, 40, device)
