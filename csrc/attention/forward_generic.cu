@@ -20,11 +20,6 @@ __device__ __forceinline__ A largest_of_row(A x) {
   }
   return x;
 }
-template <class Tile, class A>
-__device__ __forceinline__ A sum_of_row(A x) {
-  for (int distance = Tile::kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
 
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forward_generic_kernel(AttentionForward p) {
@@ -57,9 +52,9 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       A larger = peak[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        const int key = first + Tile::lane() + c * Tile::kLanes;
-        scores[r][c] = ranges[r].has(key) ? capped(scores[r][c], plan) : -A(INFINITY);
-        larger = max(larger, scores[r][c]);  // NaN is in the sum, not here
+        if (ranges[r].has(first + Tile::lane() + c * Tile::kLanes)) {
+          larger = max(larger, capped(scores[r][c], plan));  // NaN is in the sum, not here
+        }
       }
       larger = largest_of_row<Tile>(larger);
       const A base = larger == -A(INFINITY) ? A(0) : larger;  // nothing seen so far
@@ -68,7 +63,8 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       sum[r] *= decay[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        scores[r][c] = exp(scores[r][c] - base);
+        const bool seen = ranges[r].has(first + Tile::lane() + c * Tile::kLanes);
+        scores[r][c] = seen ? weight_of(scores[r][c], base, plan) : A(0);
         sum[r] += scores[r][c];
       }
     }
@@ -84,8 +80,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
     if (Tile::lane() == 0 && at.depth == 0 && in_bounds(row, queries)) {
       const int64_t of_head = int64_t(at.batch) * plan.heads + at.head;
       const int64_t of = of_head * plan.queries + at.first + row;
-      if (p.lse_rest) store_lse<true>(p, of, ranges[r].empty(), peak[r], whole);
-      else store_lse<false>(p, of, ranges[r].empty(), peak[r], whole);
+      store_lse(p, of, ranges[r].empty(), peak[r], whole);
     }
   }
   const int64_t token = int64_t(plan.heads) * plan.width;

@@ -43,13 +43,20 @@ struct GenericTile {
     A rows[kRows][kDepth + kVector];
     A columns[kColumns][kDepth + kVector];
     A weights[kRows][kColumns + kVector];
-    A lse[kColumns], lse_rest[kColumns], delta[kColumns];  // of queries that are columns
-    KeyRange ranges[kColumns], all;    // of each query, be it a row or a column
+    A lse[kColumns], inverse[kColumns], delta[kColumns];  // of queries that are columns
+    KeyRange ranges[kColumns], all;                       // of each query, be it a row or a column
   };
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
   __device__ __forceinline__ static int first_row() { return threadIdx.x / kLanes * kOwn; }
 };
+
+// Over the lanes that share a row.
+template <class Tile, class A>
+__device__ __forceinline__ A sum_of_row(A x) {
+  for (int distance = Tile::kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
 
 // `count` rows from `first` on, of one head of a batch.
 struct HeadRows {

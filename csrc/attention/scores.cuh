@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "device/cuda.h"
+#include "device/numeric.cuh"
 
 namespace fastgpt {
 
@@ -65,30 +66,35 @@ __device__ __forceinline__ KeyRange over_warp(KeyRange range) {
   return range;
 }
 
-// LSE of a row from its largest score and its sum e^(score - peak). Rounded to a float, an LSE of 6 would make every
-// weight of the backward wrong by 2e-7, twice as much as torch's are in float32. So there (kWithRest) the rest goes
-// with it; the logarithm is one for each row, so it may be a double's.
-template <bool kWithRest, class A>
+// LSE of a row from its largest score and its sum e^(score - peak).
+template <class A>
 __device__ __forceinline__ void store_lse(const AttentionForward& p, int64_t row, bool blind, A peak, A sum) {
-  if constexpr (kWithRest) {
-    const double lse = blind ? -INFINITY : double(peak) + log(double(sum));
-    static_cast<A*>(p.lse)[row] = A(lse);
-    p.lse_rest[row] = blind ? 0.0f : float(lse - double(A(lse)));
-  } else {
-    static_cast<A*>(p.lse)[row] = blind ? -A(INFINITY) : peak + log(sum);
-  }
+  static_cast<A*>(p.lse)[row] = blind ? -A(INFINITY) : peak + log(sum);
 }
 
 // A score as the softmax takes it, and its derivative by the product q . k, without `scale`.
 template <class A>
 __device__ __forceinline__ A capped(A product, const AttentionPlan& plan) {
-  const A score = product * A(plan.scale);
-  return plan.softcap == 0 ? score : A(plan.softcap) * tanh(score / A(plan.softcap));
+  const A score = rounded_product(product, A(plan.scale));
+  return plan.softcap == 0 ? score : rounded_product(A(plan.softcap), tanh(score / A(plan.softcap)));
 }
 template <class A>
 __device__ __forceinline__ A capped_derivative(A score, const AttentionPlan& plan) {
   const A of_cap = plan.softcap == 0 ? A(0) : score / A(plan.softcap);
   return 1 - of_cap * of_cap;
+}
+
+// e^(score - base) of a product q . k. An exponent of 6 is rounded by up to 2.4e-7, and so is a score; as both make the
+// weight wrong by as much, what was lost is found exactly (Knuth's two-sum) and multiplied in. Where there is nothing to
+// find (infinite scores), or nonsense (scores of 2^24, of which a float has no fraction), it is bounded.
+template <class A>
+__device__ __forceinline__ A weight_of(A product, A base, const AttentionPlan& plan) {
+  const A score = capped(product, plan), exponent = score - base;
+  const A base_found = score - exponent, score_found = exponent + base_found;
+  const A of_difference = (score - score_found) + (base_found - base);
+  const A of_score = plan.softcap == 0 ? fma(product, A(plan.scale), -score) : A(0);
+  const A power = exp(exponent);
+  return fma(power, max(A(-1), min(A(1), of_score + of_difference)), power);
 }
 
 }  // namespace fastgpt
