@@ -128,7 +128,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queri
   for (int r = 0; r < Tile::kOwn; ++r) {
     const A whole = sum_of_row<Tile>(sum[r]), inverse = ranges[r].empty() ? A(0) : 1 / whole;
     const A off = sum_of_row<Tile>(error[r]) * inverse;
-    if (Tile::lane() == 0 && at.depth == 0 && !ranges[r].empty()) {
+    if (Tile::lane() == 0 && at.depth == 0 && in_bounds(Tile::first_row() + r, queries)) {
       store(static_cast<A*>(p.row_stats) + (first_row + r) * 2, Vec<A, 2>{delta[r] + off, inverse});
     }
     scale[r] = inverse * A(plan.scale);

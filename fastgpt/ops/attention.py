@@ -359,14 +359,13 @@ class _Blocks:
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, batched; total may be wider than a and b.
 
-    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most: some CPUs sum one after the other, and over the
-    rows of all the heads that share keys the largest errors were more than twice those of a GEMM for each head.
+    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most, and by itself: some CPUs sum one after the
+    other, and from the total on if they are given it (baddbmm). Over the rows of all the heads that share keys the
+    largest errors were more than twice those of a GEMM for each head.
     """
-    if total.dtype == a.dtype:
-        for i in range(0, a.shape[2], _SUMMED_AT_A_TIME):
-            total.baddbmm_(a[:, :, i : i + _SUMMED_AT_A_TIME], b[:, i : i + _SUMMED_AT_A_TIME])
-    else:
-        total.add_(torch.bmm(a, b))
+    rows = _SUMMED_AT_A_TIME if total.dtype == a.dtype else max(a.shape[2], 1)
+    for i in range(0, a.shape[2], rows):
+        total.add_(torch.bmm(a[:, :, i : i + rows], b[:, i : i + rows]))
 
 
 def _check(
