@@ -43,21 +43,29 @@ __global__ __launch_bounds__(kDeltaThreads) void attention_delta_kernel(Attentio
   }
 }
 
-// Of a query and a key: e^(S - LSE), d_o . v - delta, and the softcap's derivative.
+// What the backward knows of a query; before its keys have been gone through, off and inverse are as here.
+template <class A>
+struct QueryStats {
+  A lse = 0, delta = 0;
+  A off = 0;      // what delta is less than D
+  A inverse = 1;  // 1 / the sum of e^(S - LSE)
+};
+
+// Of a query and a key: P, d_o . v - D, and the softcap's derivative.
 template <class A>
 struct Element {
   A weight, gap, derivative;
 };
 
-// From the products q . k and d_o . v; `seen`, lse and delta are of the query. A query that sees one key alone has P = 1
-// and no gradient from it, exactly: d_o . v and rowsum(d_o * o) are the same, and both left out.
+// From the products q . k and d_o . v; `seen` is the query's. A query that sees one key alone has P = 1 and no gradient
+// from it, exactly: d_o . v and rowsum(d_o * o) are the same, and both left out.
 template <class A>
-__device__ __forceinline__ Element<A> differentiate(A product, A d_p, int key, const KeyRange& seen, A lse, A delta,
-                                                    const AttentionPlan& plan) {
+__device__ __forceinline__ Element<A> differentiate(A product, A d_p, int key, const KeyRange& seen,
+                                                    const QueryStats<A>& of, const AttentionPlan& plan) {
   if (!seen.has(key)) return {0, 0, 0};
   const A score = capped(product, plan), derivative = capped_derivative(score, plan);
-  if (seen.single()) return {exp(score - score), -delta, derivative};  // 1, or NaN
-  return {weight_of(product, lse, plan), d_p - delta, derivative};
+  if (seen.single()) return {exp(score - score), -of.delta, derivative};  // 1, or NaN
+  return {weight_of(score, of.lse) * of.inverse, (d_p - of.delta) - of.off, derivative};
 }
 
 template <class A, int n>
@@ -83,16 +91,15 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queri
   const KeyRange all = shared.all;
   KeyRange ranges[Tile::kOwn];
   const int64_t first_row = (int64_t(at.batch) * plan.heads + at.head) * plan.queries + at.first + Tile::first_row();
-  A lse[Tile::kOwn], delta[Tile::kOwn], d_lse[Tile::kOwn], scale[Tile::kOwn];
-  fill(lse, A(0));
-  fill(delta, A(0));
+  QueryStats<A> stats[Tile::kOwn];
+  A d_lse[Tile::kOwn], scale[Tile::kOwn];
   fill(d_lse, A(0));
 #pragma unroll
   for (int r = 0; r < Tile::kOwn; ++r) {
     ranges[r] = shared.ranges[Tile::first_row() + r];
     if (ranges[r].empty()) continue;
-    lse[r] = static_cast<const A*>(p.lse)[first_row + r];
-    delta[r] = static_cast<const A*>(p.delta)[first_row + r];
+    stats[r].lse = static_cast<const A*>(p.lse)[first_row + r];
+    stats[r].delta = static_cast<const A*>(p.delta)[first_row + r];
     if (p.d_lse) d_lse[r] = static_cast<const A*>(p.d_lse)[first_row + r];
   }
   fill(scale, A(1));
@@ -112,7 +119,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queri
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
         const int key = first + Tile::lane() + c * Tile::kLanes;
-        const auto found = differentiate(weights[r][c], d_s[r][c], key, ranges[r], lse[r], delta[r], plan);
+        const auto found = differentiate(weights[r][c], d_s[r][c], key, ranges[r], stats[r], plan);
         sum[r] += found.weight;
         error[r] += found.weight * (found.gap - d_lse[r]);
         weights[r][c] = found.weight * found.derivative;
@@ -129,7 +136,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queri
     const A whole = sum_of_row<Tile>(sum[r]), inverse = ranges[r].empty() ? A(0) : 1 / whole;
     const A off = sum_of_row<Tile>(error[r]) * inverse;
     if (Tile::lane() == 0 && at.depth == 0 && in_bounds(Tile::first_row() + r, queries)) {
-      store(static_cast<A*>(p.row_stats) + (first_row + r) * 2, Vec<A, 2>{delta[r] + off, inverse});
+      store(static_cast<A*>(p.row_stats) + (first_row + r) * 2, Vec<A, 2>{off, inverse});
     }
     scale[r] = inverse * A(plan.scale);
 #pragma unroll
@@ -137,7 +144,10 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_queri
 #pragma unroll
       for (int v = 0; v < Tile::kVectors; ++v) {
 #pragma unroll
-        for (int i = 0; i < Tile::kVector; ++i) d_q[chunk][r][v][i] -= off * mean_k[chunk][r][v][i];
+        for (int i = 0; i < Tile::kVector; ++i) {
+          // Fused, it would not be 0 where one key has all the weight.
+          d_q[chunk][r][v][i] -= rounded_product(off, mean_k[chunk][r][v][i]);
+        }
       }
     }
   }
@@ -176,24 +186,27 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_keys_
       tile_products<Tile>(weights, shared, k, q, plan);
       if (in_bounds(int(threadIdx.x), columns)) {
         const int64_t row = (int64_t(at.batch) * plan.heads + head) * plan.queries + first + threadIdx.x;
-        const auto stats = load<2>(static_cast<const A*>(p.row_stats) + row * 2);
+        const auto found = load<2>(static_cast<const A*>(p.row_stats) + row * 2);
         shared.lse[threadIdx.x] = static_cast<const A*>(p.lse)[row];
-        shared.delta[threadIdx.x] = stats.at[0];
-        shared.inverse[threadIdx.x] = stats.at[1];
+        shared.delta[threadIdx.x] = static_cast<const A*>(p.delta)[row];
+        shared.off[threadIdx.x] = found.at[0];
+        shared.inverse[threadIdx.x] = found.at[1];
       }
       tile_products<Tile>(d_s, shared, v, d_o, plan);
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
         const int column = Tile::lane() + c * Tile::kLanes;
         const KeyRange range = shared.ranges[column];
-        A lse = 0, delta = 0, inverse = 0;
-        if (!range.empty()) lse = shared.lse[column], delta = shared.delta[column], inverse = shared.inverse[column];
+        QueryStats<A> stats;
+        if (!range.empty()) {
+          stats = {shared.lse[column], shared.delta[column], shared.off[column], shared.inverse[column]};
+        }
 #pragma unroll
         for (int r = 0; r < Tile::kOwn; ++r) {
-          const auto found = differentiate(weights[r][c], d_s[r][c], at.first + Tile::first_row() + r, range, lse,
-                                           delta, plan);
-          weights[r][c] = found.weight * inverse;
-          d_s[r][c] = weights[r][c] * found.gap * found.derivative;
+          const int key = at.first + Tile::first_row() + r;
+          const auto found = differentiate(weights[r][c], d_s[r][c], key, range, stats, plan);
+          weights[r][c] = found.weight;
+          d_s[r][c] = found.weight * found.gap * found.derivative;
         }
       }
       if (p.d_v) add_weighted<Tile>(d_v, scale, shared, weights, d_o, plan, at.depth);

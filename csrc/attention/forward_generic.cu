@@ -52,9 +52,9 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       A larger = peak[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        if (ranges[r].has(first + Tile::lane() + c * Tile::kLanes)) {
-          larger = max(larger, capped(scores[r][c], plan));  // NaN is in the sum, not here
-        }
+        const int key = first + Tile::lane() + c * Tile::kLanes;
+        scores[r][c] = ranges[r].has(key) ? capped(scores[r][c], plan) : -A(INFINITY);
+        larger = max(larger, scores[r][c]);  // NaN is in the sum, not here
       }
       larger = largest_of_row<Tile>(larger);
       const A base = larger == -A(INFINITY) ? A(0) : larger;  // nothing seen so far
@@ -63,8 +63,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       sum[r] *= decay[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        const bool seen = ranges[r].has(first + Tile::lane() + c * Tile::kLanes);
-        scores[r][c] = seen ? weight_of(scores[r][c], base, plan) : A(0);
+        scores[r][c] = weight_of(scores[r][c], base);
         sum[r] += scores[r][c];
       }
     }

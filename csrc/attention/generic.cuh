@@ -43,8 +43,8 @@ struct GenericTile {
     A rows[kRows][kDepth + kVector];
     A columns[kColumns][kDepth + kVector];
     A weights[kRows][kColumns + kVector];
-    A lse[kColumns], inverse[kColumns], delta[kColumns];  // of queries that are columns
-    KeyRange ranges[kColumns], all;                       // of each query, be it a row or a column
+    A lse[kColumns], delta[kColumns], off[kColumns], inverse[kColumns];  // of queries that are columns
+    KeyRange ranges[kColumns], all;                                      // of each query, be it a row or a column
   };
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }

@@ -6,7 +6,6 @@
 
 #include "attention/attention.h"
 #include "device/cuda.h"
-#include "device/numeric.cuh"
 
 namespace fastgpt {
 
@@ -75,8 +74,8 @@ __device__ __forceinline__ void store_lse(const AttentionForward& p, int64_t row
 // A score as the softmax takes it, and its derivative by the product q . k, without `scale`.
 template <class A>
 __device__ __forceinline__ A capped(A product, const AttentionPlan& plan) {
-  const A score = rounded_product(product, A(plan.scale));
-  return plan.softcap == 0 ? score : rounded_product(A(plan.softcap), tanh(score / A(plan.softcap)));
+  const A score = product * A(plan.scale);
+  return plan.softcap == 0 ? score : A(plan.softcap) * tanh(score / A(plan.softcap));
 }
 template <class A>
 __device__ __forceinline__ A capped_derivative(A score, const AttentionPlan& plan) {
@@ -84,17 +83,15 @@ __device__ __forceinline__ A capped_derivative(A score, const AttentionPlan& pla
   return 1 - of_cap * of_cap;
 }
 
-// e^(score - base) of a product q . k. An exponent of 6 is rounded by up to 2.4e-7, and so is a score; as both make the
-// weight wrong by as much, what was lost is found exactly (Knuth's two-sum) and multiplied in. Where there is nothing to
-// find (infinite scores), or nonsense (scores of 2^24, of which a float has no fraction), it is bounded.
+// e^(score - base). An exponent of 6 is rounded by up to 2.4e-7, which would make the weight wrong by as much, in float32
+// three times what torch's are: so what was lost is found exactly (Knuth's two-sum) and multiplied in.
 template <class A>
-__device__ __forceinline__ A weight_of(A product, A base, const AttentionPlan& plan) {
-  const A score = capped(product, plan), exponent = score - base;
+__device__ __forceinline__ A weight_of(A score, A base) {
+  const A exponent = score - base;
   const A base_found = score - exponent, score_found = exponent + base_found;
-  const A of_difference = (score - score_found) + (base_found - base);
-  const A of_score = plan.softcap == 0 ? fma(product, A(plan.scale), -score) : A(0);
+  const A lost = (score - score_found) + (base_found - base);
   const A power = exp(exponent);
-  return fma(power, max(A(-1), min(A(1), of_score + of_difference)), power);
+  return score == -A(INFINITY) ? power : fma(power, lost, power);  // inf - inf would be NaN
 }
 
 }  // namespace fastgpt

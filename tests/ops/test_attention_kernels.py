@@ -116,6 +116,17 @@ def test_many_keys_of_nearly_the_same_weight_in_float32(Tq: int) -> None:
         by_rule(given, "decode" if Tq < 9 else "generic", causal=False, scale=0.05)
 
 
+def test_one_key_has_all_the_weight_in_float32() -> None:
+    """All of a float's 1, so its score has no gradient, exactly; as torch's has none."""
+    by_rule(inputs(1, 40, 40, 2, 1, 8, F32), "generic", scale=1e5)
+
+
+def test_scores_of_minus_infinity_in_float32() -> None:
+    q, k, v = inputs(1, 20, 20, 2, 1, 8, F32)
+    q, k[:, 3:5] = q.abs(), -math.inf
+    by_rule([q, k, v], "generic")
+
+
 @pytest.mark.parametrize(
     ("D", "dtype"),
     [(1, F64), (3, F64), (63, BF16), (65, F32), (96, F16), (128, F32), (129, F32), (130, F64), (256, BF16), (260, F32)],
