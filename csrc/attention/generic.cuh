@@ -28,7 +28,7 @@ template <class A_, int width>
 struct GenericTile {
   using A = A_;
   static constexpr int kWidth = width, kDepth = 64;
-  static constexpr int kRun = 16;  // products that are summed before they join a score: roundings add up less
+  static constexpr int kRun = 8;  // products that are summed before they join a score: roundings add up less
   static constexpr int kThreads = 128, kLanes = 16;  // lanes: that share four rows
   static constexpr int kBlocks = 2;                  // of a multiprocessor, at least: results take many registers
   static constexpr int kOwn = 4, kRows = kThreads / kLanes * kOwn;
