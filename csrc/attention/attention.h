@@ -38,7 +38,7 @@ struct AttentionBackward {
   const void* d_lse = nullptr;  // likewise; null: LSE was not used
   void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
   void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
-  void* row_stats = nullptr;  // (B, H, Tq, 2), likewise: workspace of the generic path alone
+  void* row_stats = nullptr;  // (B, H, Tq, 2), likewise: workspace of the generic path, see QueryStats there
   // Of the sm_80 path alone: what attention_backward_splits said, and a workspace where d_q is wanted.
   int splits = 1;
   float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)

@@ -5,10 +5,10 @@
 //   d_v = P^T d_o        d_s = P * (d_o v^T - D), times the softcap's derivative
 //   d_k = scale * d_s^T q        d_q = scale * d_s k
 //
-// Three kernels. attention_delta_kernel: delta = rowsum(d_o * o) - d_lse, which is D up to the rounding of o; a warp for
-// each row. attention_queries_backward_generic_kernel: a block has kRows queries and goes through their keys. It finds
-// what e^(S - LSE) sums up to, and what delta is wrong by, and mends both: d_q at the end, and for the kernel that
-// follows it leaves them in row_stats. attention_keys_backward_generic_kernel: a block has kRows keys and goes through
+// Three kernels. attention_delta_kernel: delta = rowsum(d_o * o) - d_lse, which is D up to roundings, o's above all; a
+// warp for each row. attention_queries_backward_generic_kernel: a block has kRows queries and goes through their keys.
+// It finds what e^(S - LSE) sums up to, and what delta is off by; with them it mends d_q at the end, and leaves them in
+// row_stats for the kernel that follows. attention_keys_backward_generic_kernel: a block has kRows keys and goes through
 // the queries that see them, of all heads that share these keys; so nobody else adds to its d_k and d_v. S and d_o v^T
 // are computed in both, eight products in the place of five; in return nothing is ever added up in another order,
 // without atomics and without a workspace for d_q.

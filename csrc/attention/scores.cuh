@@ -83,8 +83,8 @@ __device__ __forceinline__ A capped_derivative(A score, const AttentionPlan& pla
   return 1 - of_cap * of_cap;
 }
 
-// e^(score - base). An exponent of 6 is rounded by up to 2.4e-7, which would make the weight wrong by as much, in float32
-// three times what torch's are: so what was lost is found exactly (Knuth's two-sum) and multiplied in.
+// e^(score - base). An exponent of 6 is rounded by up to 2.4e-7, which would make a weight wrong by as much, more than
+// torch's are in float32: so what was lost is found exactly (Knuth's two-sum) and multiplied in.
 template <class A>
 __device__ __forceinline__ A weight_of(A score, A base) {
   const A exponent = score - base;
