@@ -19,7 +19,7 @@ OPTIONS = (True, None, 0.125, 0.0, None, None, None)  # causal, and no window, s
 def least_bytes(direction: str, B: int, Tq: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype) -> int:
     """forward: q, k, v, O and LSE; backward: those, the gradient of O, and those of q, k and v."""
     times = 1 if direction == "forward" else 2
-    of_rows = 8 if dtype in (F64, F32) else 4  # LSE, in float32 with what rounding took from it
+    of_rows = 8 if dtype == F64 else 4  # LSE
     return B * (2 * times * (Tq * H + Tk * KV) * D * dtype.itemsize + Tq * H * of_rows)
 
 
@@ -61,8 +61,7 @@ def of(
         q, k, v = tensors(device)
         d_o, o = (normal(1, T, H, D, dtype=dtype, device=device, seed=seed) for seed in (3, 4))
         lse = torch.full((1, H, T), 3.0, dtype=compute, device=device)
-        rest = torch.zeros(lse.shape if dtype == F32 else 0, dtype=F32, device=device)
-        return d_o, None, q, k, v, o, lse, rest, *options(device), True, True, True
+        return d_o, None, q, k, v, o, lse, *options(device), True, True, True
 
     def case(direction: str, arguments: Callable[[str], tuple[Any, ...]], products: int, most: float | None) -> Case:
         least = least_bytes(direction, 1, T, T, H, KV, D, dtype)

@@ -173,29 +173,26 @@ struct Inputs {
   }
 };
 
-// (o, lse, lse_rest); the last is empty but for float32.
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
-                                                     std::optional<int64_t> window, double scale, double softcap,
-                                                     OptionalTensor doc_start, OptionalTensor doc_end,
-                                                     OptionalTensor kv_lengths) {
+// (o, lse)
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                             std::optional<int64_t> window, double scale, double softcap,
+                                             OptionalTensor doc_start, OptionalTensor doc_end,
+                                             OptionalTensor kv_lengths) {
   Inputs inputs(q, k, v, causal, window, scale, softcap, doc_start, doc_end, kv_lengths);
   const Call call(q);
   const Tensor o = empty(q, q.sizes(), q.scalar_type());
   const Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, accumulator_of(q));
-  const bool exact = q.scalar_type() == ScalarType::Float;
-  const Tensor lse_rest = exact ? empty(q, lse.sizes(), ScalarType::Float) : empty(q, {0}, ScalarType::Float);
   AttentionForward p;
   inputs.give(call, p);
   p.o = call.out(o, "o");
   p.lse = call.out(lse, "lse");
-  if (exact) p.lse_rest = static_cast<float*>(call.out(lse_rest, "lse_rest"));
   const AttentionPath path = remember("attention_forward", choose_path(p));
   if (path != AttentionPath::decode) {
     const auto launch = path == AttentionPath::sm90   ? launch_attention_forward_sm90
                         : path == AttentionPath::sm80 ? launch_attention_forward_sm80
                                                       : launch_attention_forward_generic;
     launch(p, call.stream());
-    return {o, lse, lse_rest};
+    return {o, lse};
   }
   p.splits = attention_decode_splits(p.plan);
   std::optional<Tensor> partial_o, partial_stats;
@@ -206,17 +203,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& q, const Tens
     p.partial_stats = call.out(*partial_stats, "partial_stats");
   }
   launch_attention_decode(p, call.stream());
-  return {o, lse, lse_rest};
+  return {o, lse};
 }
 
 // (d_q, d_k, d_v); what is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const OptionalTensor& d_lse_, const Tensor& q,
                                                       const Tensor& k, const Tensor& v, const Tensor& o_,
-                                                      const Tensor& lse, const Tensor& lse_rest, bool causal,
-                                                      std::optional<int64_t> window, double scale, double softcap,
-                                                      OptionalTensor doc_start, OptionalTensor doc_end,
-                                                      OptionalTensor kv_lengths, bool need_q, bool need_k,
-                                                      bool need_v) {
+                                                      const Tensor& lse, bool causal, std::optional<int64_t> window,
+                                                      double scale, double softcap, OptionalTensor doc_start,
+                                                      OptionalTensor doc_end, OptionalTensor kv_lengths, bool need_q,
+                                                      bool need_k, bool need_v) {
   Inputs inputs(q, k, v, causal, window, scale, softcap, doc_start, doc_end, kv_lengths);
   const auto check_like_q = [&](const Tensor& x, const char* name) {
     bool same = x.dim() == 4 && x.scalar_type() == q.scalar_type() && inputs.on_device_of_q(x);
@@ -231,10 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   check_like_q(d_o_, "d_o");
   check_like_q(o_, "o");
   check_row_values(lse, "lse");
-  const bool exact = q.scalar_type() == ScalarType::Float;
-  if (exact) check_row_values(lse_rest, "lse_rest");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse_rest.is_contiguous(),
-                  "lse and lse_rest must be what the forward returned");
+  STD_TORCH_CHECK(lse.is_contiguous(), "lse must be what the forward returned");
   if (d_lse_) check_row_values(*d_lse_, "d_lse");
 
   const Call call(q);
@@ -251,7 +244,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   p.d_o = d_o.in(call, "d_o");
   p.o = o.in(call, "o");
   p.lse = call.in(lse, "lse");
-  if (exact) p.lse_rest = static_cast<const float*>(call.in(lse_rest, "lse_rest"));
   if (d_lse) p.d_lse = call.in(*d_lse, "d_lse");
   p.delta = call.out(delta, "delta");
   if (need_q) p.d_q = call.out(d_q, "d_q");
@@ -260,6 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   const AttentionPath path = remember("attention_backward", choose_path(p));
   launch_attention_delta(p, call.stream());
   if (path == AttentionPath::generic) {
+    const Tensor row_stats = empty(q, {q.size(0), q.size(2), q.size(1), 2}, accumulator_of(q));
+    p.row_stats = call.out(row_stats, "row_stats");
     launch_attention_backward_generic(p, call.stream());
     return {d_q, d_k, d_v};
   }

@@ -25,7 +25,6 @@ struct AttentionForward {
   ConstHeads q, k, v;
   void* o = nullptr;    // (B, Tq, H, D) contiguous
   void* lse = nullptr;  // (B, H, Tq), float, or double for float64
-  float* lse_rest = nullptr;  // (B, H, Tq): LSE less what it was rounded to; of float32 alone, else null
   // Of decoding alone. splits: what attention_decode_splits said; with more than one there are workspaces, float.
   int splits = 1;
   void* partial_o = nullptr;      // (B, H, Tq, splits, D): not yet divided by its sum
@@ -36,10 +35,10 @@ struct AttentionBackward {
   AttentionPlan plan;
   ConstHeads d_o, q, k, v, o;
   const void* lse = nullptr;    // (B, H, Tq), float, or double for float64: what the forward gave
-  const float* lse_rest = nullptr;  // likewise; of float32 alone, else null
   const void* d_lse = nullptr;  // likewise; null: LSE was not used
   void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
   void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
+  void* row_stats = nullptr;  // (B, H, Tq, 2), likewise: workspace of the generic path, see QueryStats there
   // Of the sm_80 path alone: what attention_backward_splits said, and a workspace where d_q is wanted.
   int splits = 1;
   float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)

@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_row(const AttentionForward& p, int64_t row
   for (int j = 0; j < 4; ++j) o.at[j] = narrow<T>(total.at[j] * scale);
   const int64_t token = (int64_t(batch) * plan.queries + query) * plan.heads + head;
   store(static_cast<T*>(p.o) + token * plan.width + quad * 4, o);
-  if (quad == 0) store_lse<std::is_same_v<T, float>>(p, row, blind, peak, sum);
+  if (quad == 0) store_lse(p, row, blind, peak, sum);
 }
 
 template <class T, int kRows>

@@ -20,11 +20,6 @@ __device__ __forceinline__ A largest_of_row(A x) {
   }
   return x;
 }
-template <class Tile, class A>
-__device__ __forceinline__ A sum_of_row(A x) {
-  for (int distance = Tile::kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
 
 template <class Tile>
 __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forward_generic_kernel(AttentionForward p) {
@@ -68,7 +63,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
       sum[r] *= decay[r];
 #pragma unroll
       for (int c = 0; c < Tile::kOwnColumns; ++c) {
-        scores[r][c] = exp(scores[r][c] - base);
+        scores[r][c] = weight_of(scores[r][c], base);
         sum[r] += scores[r][c];
       }
     }
@@ -84,8 +79,7 @@ __global__ __launch_bounds__(Tile::kThreads, Tile::kBlocks) void attention_forwa
     if (Tile::lane() == 0 && at.depth == 0 && in_bounds(row, queries)) {
       const int64_t of_head = int64_t(at.batch) * plan.heads + at.head;
       const int64_t of = of_head * plan.queries + at.first + row;
-      if (p.lse_rest) store_lse<true>(p, of, ranges[r].empty(), peak[r], whole);
-      else store_lse<false>(p, of, ranges[r].empty(), peak[r], whole);
+      store_lse(p, of, ranges[r].empty(), peak[r], whole);
     }
   }
   const int64_t token = int64_t(plan.heads) * plan.width;

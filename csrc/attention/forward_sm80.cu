@@ -250,7 +250,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_forward_sm80_kernel(
       const bool blind = keys_seen(plan, batch, row, keys).empty();
       if (!blind) scale[half] = 1 / whole;
       if (member_of_group() == 0) {
-        store_lse<false>(p, int64_t(of_head) * plan.queries + row, blind, rows.peak[part][half] * powers.unit, whole);
+        store_lse(p, int64_t(of_head) * plan.queries + row, blind, rows.peak[part][half] * powers.unit, whole);
       }
     }
     const int from = rows.first + part * kPiece;

@@ -331,7 +331,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     const bool blind = rows.range[half].empty();
     const float scale = blind ? 0.0f : 1 / whole_sum;
     if (member_of_group() == 0 && in_bounds(row, plan.queries)) {
-      store_lse<false>(p, (int64_t(block.batch) * plan.heads + block.head) * plan.queries + row, blind,
+      store_lse(p, (int64_t(block.batch) * plan.heads + block.head) * plan.queries + row, blind,
                 rows.peak[half] * powers.unit, whole_sum);
     }
 #pragma unroll

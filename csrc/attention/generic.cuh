@@ -28,7 +28,7 @@ template <class A_, int width>
 struct GenericTile {
   using A = A_;
   static constexpr int kWidth = width, kDepth = 64;
-  static constexpr int kRun = 16;  // products that are summed before they join a score: roundings add up less
+  static constexpr int kRun = 8;  // products that are summed before they join a score: roundings add up less
   static constexpr int kThreads = 128, kLanes = 16;  // lanes: that share four rows
   static constexpr int kBlocks = 2;                  // of a multiprocessor, at least: results take many registers
   static constexpr int kOwn = 4, kRows = kThreads / kLanes * kOwn;
@@ -43,13 +43,20 @@ struct GenericTile {
     A rows[kRows][kDepth + kVector];
     A columns[kColumns][kDepth + kVector];
     A weights[kRows][kColumns + kVector];
-    A lse[kColumns], lse_rest[kColumns], delta[kColumns];  // of queries that are columns
-    KeyRange ranges[kColumns], all;    // of each query, be it a row or a column
+    A lse[kColumns], delta[kColumns], off[kColumns], inverse[kColumns];  // of queries that are columns
+    KeyRange ranges[kColumns], all;                                      // of each query, be it a row or a column
   };
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
   __device__ __forceinline__ static int first_row() { return threadIdx.x / kLanes * kOwn; }
 };
+
+// Over the lanes that share a row.
+template <class Tile, class A>
+__device__ __forceinline__ A sum_of_row(A x) {
+  for (int distance = Tile::kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
 
 // `count` rows from `first` on, of one head of a batch.
 struct HeadRows {

@@ -65,18 +65,10 @@ __device__ __forceinline__ KeyRange over_warp(KeyRange range) {
   return range;
 }
 
-// LSE of a row from its largest score and its sum e^(score - peak). Rounded to a float, an LSE of 6 would make every
-// weight of the backward wrong by 2e-7, twice as much as torch's are in float32. So there (kWithRest) the rest goes
-// with it; the logarithm is one for each row, so it may be a double's.
-template <bool kWithRest, class A>
+// LSE of a row from its largest score and its sum e^(score - peak).
+template <class A>
 __device__ __forceinline__ void store_lse(const AttentionForward& p, int64_t row, bool blind, A peak, A sum) {
-  if constexpr (kWithRest) {
-    const double lse = blind ? -INFINITY : double(peak) + log(double(sum));
-    static_cast<A*>(p.lse)[row] = A(lse);
-    p.lse_rest[row] = blind ? 0.0f : float(lse - double(A(lse)));
-  } else {
-    static_cast<A*>(p.lse)[row] = blind ? -A(INFINITY) : peak + log(sum);
-  }
+  static_cast<A*>(p.lse)[row] = blind ? -A(INFINITY) : peak + log(sum);
 }
 
 // A score as the softmax takes it, and its derivative by the product q . k, without `scale`.
@@ -89,6 +81,17 @@ template <class A>
 __device__ __forceinline__ A capped_derivative(A score, const AttentionPlan& plan) {
   const A of_cap = plan.softcap == 0 ? A(0) : score / A(plan.softcap);
   return 1 - of_cap * of_cap;
+}
+
+// e^(score - base). An exponent of 6 is rounded by up to 2.4e-7, which would make a weight wrong by as much, more than
+// torch's are in float32: so what was lost is found exactly (Knuth's two-sum) and multiplied in.
+template <class A>
+__device__ __forceinline__ A weight_of(A score, A base) {
+  const A exponent = score - base;
+  const A base_found = score - exponent, score_found = exponent + base_found;
+  const A lost = (score - score_found) + (base_found - base);
+  const A power = exp(exponent);
+  return score == -A(INFINITY) ? power : fma(power, lost, power);  // inf - inf would be NaN
 }
 
 }  // namespace fastgpt

@@ -58,6 +58,10 @@ __device__ __forceinline__ A store_as(void* data, DType dtype, int64_t i, A x) {
   }
 }
 
+// a * b, rounded, whatever it is added to: nvcc would make one instruction of the two, which rounds once.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // 1 / sqrt(x), rounded well where rsqrtf is off by two units in the last place: one step of Newton's method, with an
 // exact residual. A row's scale multiplies every element, so it is worth it.
 __device__ __forceinline__ float inverse_sqrt(float x) {

@@ -228,6 +228,8 @@ EMULATED double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 EMULATED float __expf(float x) { return std::exp(x); }
 EMULATED float __logf(float x) { return std::log(x); }
 EMULATED float __fdividef(float a, float b) { return a / b; }
+EMULATED float __fmul_rn(float a, float b) { return a * b; }
+EMULATED double __dmul_rn(double a, double b) { return a * b; }
 EMULATED float __frcp_rn(float x) { return 1.0f / x; }
 EMULATED float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 EMULATED unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }

@@ -359,14 +359,13 @@ class _Blocks:
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, batched; total may be wider than a and b.
 
-    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most: some CPUs sum one after the other, and over the
-    rows of all the heads that share keys the largest errors were more than twice those of a GEMM for each head.
+    In the dtype of total a GEMM adds up _SUMMED_AT_A_TIME rows at most, and by itself: some CPUs sum one after the
+    other, and from the total on if they are given it (baddbmm). Over the rows of all the heads that share keys the
+    largest errors were more than twice those of a GEMM for each head.
     """
-    if total.dtype == a.dtype:
-        for i in range(0, a.shape[2], _SUMMED_AT_A_TIME):
-            total.baddbmm_(a[:, :, i : i + _SUMMED_AT_A_TIME], b[:, i : i + _SUMMED_AT_A_TIME])
-    else:
-        total.add_(torch.bmm(a, b))
+    rows = _SUMMED_AT_A_TIME if total.dtype == a.dtype else max(a.shape[2], 1)
+    for i in range(0, a.shape[2], rows):
+        total.add_(torch.bmm(a[:, :, i : i + rows], b[:, i : i + rows]))
 
 
 def _check(
@@ -431,26 +430,24 @@ def _check(
 # ---- kernels ----------------------------------------------------------------------------------
 
 
-# softcap 0: none. lse_rest: LSE less its rounding, for the backward; of float32 alone, else empty.
+# softcap 0: none.
 SCHEMAS = {
     "attention_forward": (
         "(Tensor q, Tensor k, Tensor v, bool causal, int? window, float scale, float softcap, Tensor? doc_start, "
-        "Tensor? doc_end, Tensor? kv_lengths) -> (Tensor o, Tensor lse, Tensor lse_rest)"
+        "Tensor? doc_end, Tensor? kv_lengths) -> (Tensor o, Tensor lse)"
     ),
     # What is not needed is empty.
     "attention_backward": (
-        "(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor lse_rest, "
-        "bool causal, int? window, float scale, float softcap, Tensor? doc_start, Tensor? doc_end, Tensor? kv_lengths, "
+        "(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, int? window, "
+        "float scale, float softcap, Tensor? doc_start, Tensor? doc_end, Tensor? kv_lengths, "
         "bool need_q, bool need_k, bool need_v) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
     ),
 }
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, Tq, H, _D = q.shape
-    lse = q.new_empty((B, H, Tq), dtype=contract.accumulator(q.dtype))
-    lse_rest = torch.empty_like(lse) if q.dtype == torch.float32 else q.new_empty(0, dtype=torch.float32)
-    return contiguous_like(q), lse, lse_rest
+    return contiguous_like(q), q.new_empty((B, H, Tq), dtype=contract.accumulator(q.dtype))
 
 
 def _fake_backward(
@@ -469,8 +466,7 @@ def _on_kernels(ops: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tup
     """options: those of both entries, from `causal` on."""
     if contract.needs_gradient(q, k, v):
         return _Kernels.apply(ops, q, k, v, *options)
-    o, lse, _ = ops.attention_forward.default(q, k, v, *options)
-    return o, lse
+    return ops.attention_forward.default(q, k, v, *options)
 
 
 class _Kernels(torch.autograd.Function):
@@ -490,8 +486,8 @@ class _Kernels(torch.autograd.Function):
         kv_lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         options = (causal, window, scale, softcap)
-        o, lse, lse_rest = ops.attention_forward.default(q, k, v, *options, doc_start, doc_end, kv_lengths)
-        ctx.save_for_backward(q, k, v, o, lse, lse_rest, doc_start, doc_end, kv_lengths)
+        o, lse = ops.attention_forward.default(q, k, v, *options, doc_start, doc_end, kv_lengths)
+        ctx.save_for_backward(q, k, v, o, lse, doc_start, doc_end, kv_lengths)
         ctx.ops, ctx.options = ops, options
         ctx.set_materialize_grads(False)
         return o, lse
@@ -499,8 +495,8 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         contract.refuse_double_backward("attention")
-        q, k, v, o, lse, lse_rest, *bounds = ctx.saved_tensors
+        q, k, v, o, lse, *bounds = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         d_o = torch.zeros_like(o) if d_o is None else d_o
-        found = ctx.ops.attention_backward.default(d_o, d_lse, q, k, v, o, lse, lse_rest, *ctx.options, *bounds, *needs)
+        found = ctx.ops.attention_backward.default(d_o, d_lse, q, k, v, o, lse, *ctx.options, *bounds, *needs)
         return None, *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 7

@@ -93,9 +93,9 @@ def check_that_only_who_sees_it_knows_of_what_is_not_finite() -> None:
     assert torch.equal(o.isnan(), naive(q, k, v).isnan())
 
 
-def inputs(B=2, Tq=7, Tk=7, H=4, KV=2, D=8, dtype=torch.float64, device="cpu") -> list[Tensor]:
+def inputs(B=2, Tq=7, Tk=7, H=4, KV=2, D=8, dtype=torch.float64, device="cpu", seed=0) -> list[Tensor]:
     shapes = ((B, Tq, H, D), (B, Tk, KV, D), (B, Tk, KV, D))
-    return [randn(*s, dtype=dtype, seed=i, device=device) for i, s in enumerate(shapes)]
+    return [randn(*s, dtype=dtype, seed=3 * seed + i, device=device) for i, s in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("dtype", RULE_DTYPES)
@@ -106,7 +106,7 @@ def test_edge_lengths_and_masks_by_the_rule(device, lengths, masks, dtype):
     check_by_rule(
         lambda *t: attention(*t, **masks),
         lambda *t: naive(*t, **masks),
-        inputs(2, Tq, Tk, D=32, dtype=dtype, device=device),
+        inputs(2, Tq, Tk, dtype=dtype, device=device),
         f"attention {lengths} {masks}",
     )
 
@@ -115,11 +115,9 @@ def test_edge_lengths_and_masks_by_the_rule(device, lengths, masks, dtype):
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("lengths", LONG, ids=str)
 def test_long_lengths_by_the_rule(device, lengths, causal, dtype):
-    # A small scale, so that no query sees one key alone: the largest error would be that row's, by luck.
-    options = dict(causal=causal, scale=0.1)
     check_by_rule(
-        lambda *t: attention(*t, **options),
-        lambda *t: naive(*t, **options),
+        lambda *t: attention(*t, causal=causal),
+        lambda *t: naive(*t, causal=causal),
         inputs(2, *lengths, H=2, KV=2, D=16, dtype=dtype, device=device),
         f"attention {lengths} causal={causal}",
     )
@@ -175,7 +173,7 @@ def test_probabilities_computed_again_give_the_same_gradients(device, monkeypatc
 @pytest.mark.parametrize("causal", (False, True))
 def test_long_fp32_by_the_rule(device, causal, monkeypatch):
     monkeypatch.setattr(sys.modules["fastgpt.ops.attention"], "KEPT_PROBABILITIES_BYTES", 0)
-    arguments = inputs(2, 150, 150, D=32, dtype=torch.float32, device=device)
+    arguments = inputs(2, 150, 150, dtype=torch.float32, device=device)
     check_by_rule(
         lambda *t: attention(*t, causal=causal), lambda *t: naive(*t, causal=causal), arguments, f"causal={causal}"
     )

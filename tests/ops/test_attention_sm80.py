@@ -78,7 +78,7 @@ def test_edge_lengths_and_masks(lengths: tuple[int, int], masks: dict[str, Any])
         ((108, 256), F16, dict()),
         ((108, 256), BF16, dict(causal=False)),
         ((1023, 1024), BF16, dict(window=80)),
-        ((1024, 1023), F16, dict(scale=0.1)),  # a row that sees one key alone would have the largest error, by luck
+        ((1024, 1023), F16, dict()),
     ],
     ids=str,
 )
