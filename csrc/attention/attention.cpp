@@ -3,6 +3,7 @@
 
 #include "attention/attention.h"
 
+#include <initializer_list>
 #include <tuple>
 #include <utility>
 
@@ -45,24 +46,26 @@ const char* against_sm80(const AttentionPlan& plan, const Heads&... heads) {
   return found.reason();
 }
 
+struct TmaTensor {
+  const ConstHeads& of;
+  int tokens, heads;
+};
+
 // Why a call that tensor cores serve cannot go by TMA, or null.
-const char* against_sm90(const AttentionForward& p) {
-  const AttentionPlan& plan = p.plan;
+const char* against_sm90(const AttentionPlan& plan, std::initializer_list<TmaTensor> tensors) {
   HeadsAlignment found(plan.dtype, plan.width);
+  if (plan.queries == 0 || plan.heads == 0) found.note("no queries");
   if (plan.keys == 0) found.note("no keys");
   // Values that no query sees are multiplied by zeros: those beyond a length may be anything, NaN too.
   if (plan.kv_lengths) found.note("lengths of keys");
-  const auto check = [&](const ConstHeads& of, int tokens, int heads) {
+  for (const auto& [of, tokens, heads] : tensors) {
     const std::pair<int64_t, int64_t> dimensions[] = {
         {plan.batches, of.batch}, {tokens, of.token}, {heads, of.head}};
     for (const auto& [size, stride] : dimensions) {
       if (size > 1 && stride < plan.width) found.note("rows of a tensor overlap");
       if (stride * bytes_of(plan.dtype) >= int64_t(1) << 40) found.note("rows are too far apart for TMA");
     }
-  };
-  check(p.q, plan.queries, plan.heads);
-  check(p.k, plan.keys, plan.kv_heads);
-  check(p.v, plan.keys, plan.kv_heads);
+  }
   return found.reason();
 }
 
@@ -86,13 +89,24 @@ Choice choose_path(const AttentionForward& p) {
   if (!attention_sm80_serves_chip()) return {AttentionPath::generic, decoding};
   if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v)) return {AttentionPath::generic, reason};
   if (!attention_sm90_serves_chip()) return {AttentionPath::sm80, "16 bits, on tensor cores"};
-  if (const char* reason = against_sm90(p)) return {AttentionPath::sm80, reason};
+  const AttentionPlan& plan = p.plan;
+  const auto reason = against_sm90(plan, {{p.q, plan.queries, plan.heads},
+                                          {p.k, plan.keys, plan.kv_heads},
+                                          {p.v, plan.keys, plan.kv_heads}});
+  if (reason) return {AttentionPath::sm80, reason};
   return {AttentionPath::sm90, "16 bits, by TMA and wgmma"};
 }
 
 Choice choose_path(const AttentionBackward& p) {
-  if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v, p.d_o)) return {AttentionPath::generic, reason};
-  return {AttentionPath::sm80, "16 bits, on tensor cores"};
+  if (const char* reason = against_sm80(p.plan, p.q, p.k, p.v, p.d_o, p.o)) return {AttentionPath::generic, reason};
+  if (!attention_sm90_serves_chip()) return {AttentionPath::sm80, "16 bits, on tensor cores"};
+  const AttentionPlan& plan = p.plan;
+  const auto reason = against_sm90(plan, {{p.q, plan.queries, plan.heads},
+                                          {p.d_o, plan.queries, plan.heads},
+                                          {p.k, plan.keys, plan.kv_heads},
+                                          {p.v, plan.keys, plan.kv_heads}});
+  if (reason) return {AttentionPath::sm80, reason};
+  return {AttentionPath::sm90, "16 bits, by TMA and wgmma"};
 }
 
 // The arguments that both entries share, checked; with what had to be made contiguous.
@@ -250,14 +264,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   if (need_k) p.d_k = call.out(d_k, "d_k");
   if (need_v) p.d_v = call.out(d_v, "d_v");
   const AttentionPath path = remember("attention_backward", choose_path(p));
-  launch_attention_delta(p, call.stream());
   if (path == AttentionPath::generic) {
     const Tensor row_stats = empty(q, {q.size(0), q.size(2), q.size(1), 2}, accumulator_of(q));
     p.row_stats = call.out(row_stats, "row_stats");
+    launch_attention_delta(p, call.stream());
     launch_attention_backward_generic(p, call.stream());
     return {d_q, d_k, d_v};
   }
-  p.splits = attention_backward_splits(p.plan);
+  launch_attention_delta_of_vectors(p, call.stream());
+  const bool hopper = path == AttentionPath::sm90;
+  p.splits = hopper ? attention_backward_splits_sm90(p.plan) : attention_backward_splits_sm80(p.plan);
   OptionalTensor partial_d_q;
   if (need_q) {
     partial_d_q = empty(q, {p.splits, q.size(0), q.size(1), q.size(2), q.size(3)}, ScalarType::Float);
@@ -265,10 +281,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   }
   OptionalTensor visible;
   if (p.plan.doc_start) {
-    visible = empty(q, {q.size(0), (q.size(1) + kFewestSm80Queries - 1) / kFewestSm80Queries, 4}, ScalarType::Int);
+    visible = empty(q, {q.size(0), (q.size(1) + kFewestBackwardQueries - 1) / kFewestBackwardQueries, 4}, ScalarType::Int);
     p.visible = static_cast<int32_t*>(call.out(*visible, "visible"));
   }
-  launch_attention_backward_sm80(p, call.stream());
+  (hopper ? launch_attention_backward_sm90 : launch_attention_backward_sm80)(p, call.stream());
   return {d_q, d_k, d_v};
 }
 

@@ -39,14 +39,15 @@ struct AttentionBackward {
   void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
   void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
   void* row_stats = nullptr;  // (B, H, Tq, 2), likewise: workspace of the generic path, see QueryStats there
-  // Of the sm_80 path alone: what attention_backward_splits said, and a workspace where d_q is wanted.
+  // Of the paths on tensor cores alone: what attention_backward_splits_ of the path said, and workspaces, of d_q where it
+  // is wanted, and of what tiles of queries see where there are documents.
   int splits = 1;
   float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)
-  int32_t* visible = nullptr;    // (B, ceil(Tq / kFewestSm80Queries), 4): workspace where there are documents
+  int32_t* visible = nullptr;    // (B, ceil(Tq / kFewestBackwardQueries), 4)
 };
 
 // generic: any dtype, width and alignment. decode: few queries against many keys. sm80: tensor cores, 16 bits. sm90:
-// likewise, by TMA and wgmma; the forward alone. attention.cpp: choose_path.
+// likewise, by TMA and wgmma. attention.cpp: choose_path.
 enum class AttentionPath { generic, decode, sm80, sm90 };
 
 // What decoding serves besides: 16-byte accesses, no documents, no float64.
@@ -55,14 +56,15 @@ constexpr int kWidestDecodeHead = 512;  // bytes: one vector for each lane of a 
 
 // What the sm_80 path serves: heads of up to this width, rows that begin at multiples of 16 bytes.
 constexpr int kWidestSm80Head = 128;
-constexpr int kFewestSm80Queries = 32;  // of a tile of the backward
+constexpr int kFewestBackwardQueries = 32;  // of a tile
 bool attention_sm80_serves_chip();  // the current device
 
 // The sm_90 path serves what the sm_80 path does where the TMA unit can find the tensors.
 bool attention_sm90_serves_chip();  // the current device; it alone, for newer chips have no wgmma
 
-// Over how many blocks the backward on the sm_80 path splits the keys of a head.
-int attention_backward_splits(const AttentionPlan& plan);
+// Over how many blocks the backward splits the keys of a head.
+int attention_backward_splits_sm80(const AttentionPlan& plan);
+int attention_backward_splits_sm90(const AttentionPlan& plan);
 
 // Over how many blocks decoding splits the keys of a row: by the room for keys, which the host knows, and not by how
 // many there are.
@@ -73,8 +75,16 @@ void launch_attention_decode(const AttentionForward& p, Stream stream);
 void launch_attention_forward_sm80(const AttentionForward& p, Stream stream);
 void launch_attention_forward_sm90(const AttentionForward& p, Stream stream);
 
-void launch_attention_delta(const AttentionBackward& p, Stream stream);  // first, whichever path follows
+// First, on the generic path, and on the others.
+void launch_attention_delta(const AttentionBackward& p, Stream stream);
+void launch_attention_delta_of_vectors(const AttentionBackward& p, Stream stream);
 void launch_attention_backward_generic(const AttentionBackward& p, Stream stream);
 void launch_attention_backward_sm80(const AttentionBackward& p, Stream stream);
+void launch_attention_backward_sm90(const AttentionBackward& p, Stream stream);
+
+// Of these two, for their tiles: before, where there are documents, and after, where d_q is wanted.
+void launch_attention_visible(const AttentionBackward& p, int queries_of_tile, Stream stream);
+void launch_attention_sum_queries(const AttentionBackward& p, int keys_of_tile, int queries_of_tile, Stream stream);
+unsigned attention_blocks(int64_t blocks);  // for a launch; raises if they are too many
 
 }  // namespace fastgpt

@@ -9,10 +9,8 @@
 // as they are, in registers, and d_k and d_v stay in registers to the end. Only d_s goes through shared memory, for
 // d_q = d_s K, which sums over the keys of all warps.
 //
-// d_q sums over blocks, too. So that nothing is ever added in another order, and without atomics, there are `splits`
-// blocks for each head, each takes every splits-th tile of keys, one after the other, and adds to an fp32 d_q of its
-// own; attention_sum_queries_kernel adds these up in order. Five products, where computing S and d_o V^T again for d_q
-// alone would make seven.
+// d_q sums over blocks, too: backward_blocks.cuh. Five products, where computing S and d_o V^T again for d_q alone would
+// make seven.
 //
 // 128 keys and 64 queries: one block of 8 warps for a multiprocessor. Heads wider than 64 need 114 and 146 KB for it,
 // and 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.
@@ -20,14 +18,12 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "attention/tiles.cuh"
+#include "attention/backward_blocks.cuh"
 #include "host/launch.h"
 #include "host/multiprocessors.h"
 
 namespace fastgpt {
 namespace {
-
-constexpr int kThreadsOfVisible = 128;
 
 template <class T_, int width, int keys, int queries>
 struct BackwardTile {
@@ -38,7 +34,7 @@ struct BackwardTile {
   static constexpr int kAtATime = width > 96 ? 32 : kQueries;
   // Of d_q a warp has kPiece queries and some of the columns.
   static constexpr int kQueryParts = kQueries / kPiece, kColumns = kWidth / (kWarps / kQueryParts);
-  static_assert(kWarps % kQueryParts == 0 && kColumns % kPiece == 0 && kQueries >= kFewestSm80Queries);
+  static_assert(kWarps % kQueryParts == 0 && kColumns % kPiece == 0 && kQueries >= kFewestBackwardQueries);
 
   using Keys = MatrixTile<T, kKeys, kWidth>;
   using Queries = MatrixTile<T, kQueries, kWidth>;
@@ -55,35 +51,10 @@ struct BackwardTile {
   };
 };
 
-// Queries of a head that see some of a block's keys.
-struct Step {
-  int tile, head;
-};
-
 template <class Tile>
 using Products = float[Tile::kAtATime / 8][4];  // a row is a key, a column a query
 template <class Tile>
 using Operands = uint32_t[Tile::kAtATime / kPiece][4];
-
-// Of a tile of queries, by attention_visible_kernel.
-__device__ __forceinline__ Visible load_visible(const AttentionBackward& p, int batch, int tiles, int tile) {
-  const Vec<int32_t, 4> found = load<4>(p.visible + (int64_t(batch) * tiles + tile) * 4);
-  return {{found.at[0], found.at[1]}, {found.at[2], found.at[3]}};
-}
-
-// What each tile of queries sees where there are documents, once: every block asks for every tile. A warp for each.
-template <int queries>
-__global__ __launch_bounds__(kThreadsOfVisible) void attention_visible_kernel(AttentionBackward p) {
-  const AttentionPlan& plan = p.plan;
-  const int tiles = (plan.queries + queries - 1) / queries;
-  const int64_t warp = int64_t(blockIdx.x) * (kThreadsOfVisible / 32) + warp_of_block();
-  if (!in_bounds(warp, int64_t(plan.batches) * tiles)) return;
-  const int batch = int(warp / tiles), first = int(warp % tiles) * queries;
-  const Visible seen = visible_to<queries>(plan, batch, first, min(queries, plan.queries - first), plan.keys);
-  if (lane_of_warp() == 0) {
-    store(p.visible + warp * 4, Vec<int32_t, 4>{seen.some.begin, seen.some.end, seen.all.begin, seen.all.end});
-  }
-}
 
 // keys . queries^T, of queries from `first` on.
 template <class Tile>
@@ -208,19 +179,14 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
     }
     const int last_tile = queries.empty() ? 0 : (queries.end + Tile::kQueries - 1) / Tile::kQueries;
 
-    const auto seen_by = [&](int query_tile) {
-      const int first = query_tile * Tile::kQueries, rows = min(Tile::kQueries, plan.queries - first);
-      return plan.doc_start ? load_visible(p, batch, query_tiles, query_tile)
-                            : visible_by_position(plan, first, rows, keys);
-    };
+    const auto seen_by = [&](int tile) { return seen_by_tile(p, batch, tile, Tile::kQueries, keys); };
     // The next of the tiles of queries from `from` on that sees some of the keys. Only documents leave one out: each
     // lane looks at one.
     const auto next_tile = [&](int from) {
       int found = from;
       while (plan.doc_start && found < last_tile) {
         const int tile = found + lane_of_warp();
-        const bool sees = in_bounds(tile, last_tile) &&
-                          !load_visible(p, batch, query_tiles, tile).hidden(first_key, Tile::kKeys);
+        const bool sees = in_bounds(tile, last_tile) && !seen_by(tile).hidden(first_key, Tile::kKeys);
         const unsigned which = __ballot_sync(0xffffffffu, sees);
         found += which ? __ffs(int(which)) - 1 : 32;
         if (which) break;
@@ -363,26 +329,6 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
   for (; cleared < query_tiles; ++cleared) clear_queries(cleared);
 }
 
-constexpr int kSumThreads = 256, kSumSize = Vec16<float>::kSize;
-
-// d_q = scale * the sum of the blocks' sums, in order.
-template <class T>
-__global__ __launch_bounds__(kSumThreads) void attention_sum_queries_kernel(AttentionBackward p) {
-  const int64_t count = int64_t(p.plan.batches) * p.plan.queries * p.plan.heads * p.plan.width;
-  const int64_t i = (int64_t(blockIdx.x) * kSumThreads + threadIdx.x) * kSumSize;
-  if (!in_bounds(i, count)) return;
-  Vec16<float> sums = load16(p.partial_d_q + i);
-  for (int split = 1; split < p.splits; ++split) {
-    const Vec16<float> more = load16(p.partial_d_q + split * count + i);
-#pragma unroll
-    for (int e = 0; e < kSumSize; ++e) sums.at[e] += more.at[e];
-  }
-  Vec<T, kSumSize> d_q;
-#pragma unroll
-  for (int e = 0; e < kSumSize; ++e) d_q.at[e] = narrow<T>(sums.at[e] * float(p.plan.scale));
-  store(static_cast<T*>(p.d_q) + i, d_q);
-}
-
 // f(tile) for the tile that fits a call's width, and the chip.
 template <class T, class F>
 void with_backward_tile(int width, F f) {
@@ -395,37 +341,23 @@ void with_backward_tile(int width, F f) {
   return or_smaller(BackwardTile<T, 128, 128, 64>(), BackwardTile<T, 128, 64, 32>());
 }
 
-unsigned checked_blocks(int64_t blocks) {
-  if (blocks > INT_MAX) throw std::runtime_error("attention: too many blocks for one launch");
-  return unsigned(blocks);
-}
-
 template <class T>
 void launch_backward(const AttentionBackward& p, Stream stream) {
   const AttentionPlan& plan = p.plan;
   if (plan.batches == 0) return;
   with_backward_tile<T>(plan.width, [&](auto tile) {
     using Tile = decltype(tile);
-    if (plan.doc_start && plan.queries > 0) {
-      const int64_t warps = int64_t(plan.batches) * ((plan.queries + Tile::kQueries - 1) / Tile::kQueries);
-      const LaunchShape shape{dim3(checked_blocks((warps * 32 + kThreadsOfVisible - 1) / kThreadsOfVisible)),
-                              dim3(kThreadsOfVisible), 0, stream};
-      launch(attention_visible_kernel<Tile::kQueries>, shape, p);
-    }
-    const LaunchShape shape{dim3(checked_blocks(int64_t(p.splits) * plan.batches * plan.kv_heads)),
+    launch_attention_visible(p, Tile::kQueries, stream);
+    const LaunchShape shape{dim3(attention_blocks(int64_t(p.splits) * plan.batches * plan.kv_heads)),
                             dim3(Tile::kThreads), sizeof(typename Tile::SharedMemory), stream};
     launch(attention_backward_sm80_kernel<Tile>, shape, p, PowersOfTwo(plan));
+    launch_attention_sum_queries(p, Tile::kKeys, Tile::kQueries, stream);
   });
-  const int64_t vectors = int64_t(plan.batches) * plan.queries * plan.heads * plan.width / kSumSize;
-  if (!p.d_q || vectors == 0) return;
-  const unsigned blocks = checked_blocks((vectors + kSumThreads - 1) / kSumThreads);
-  const LaunchShape shape{dim3(blocks), dim3(kSumThreads), 0, stream};
-  launch(attention_sum_queries_kernel<T>, shape, p);
 }
 
 }  // namespace
 
-int attention_backward_splits(const AttentionPlan& plan) {
+int attention_backward_splits_sm80(const AttentionPlan& plan) {
   // Blocks differ in length, and the last of them run alone: the more there are, the less it matters. More splits write
   // and read hardly more, for the first addition is a store; but they need more memory.
   constexpr int64_t kBlocksOfMultiprocessor = 4, kMostBytes = int64_t(1) << 30;

@@ -38,24 +38,28 @@ struct alignas(1024) SwizzledTile {
     return elements + (column / kPanel * rows + row) * kPanel + vector * 8 + column % 8;
   }
 
-  // Starts the copies of rows row .. of a head, and tells the barrier how many bytes will come: whole panels, for what
-  // lies outside of the tensor comes as zeros. By one thread.
-  __device__ __forceinline__ void fetch(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
-    mbarrier_arrive_expect_bytes(arrived, sizeof(elements));
+  // Starts the copies of rows row .. of a head; whole panels, for what lies outside of the tensor comes as zeros. By one
+  // thread.
+  __device__ __forceinline__ void copy(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
       const int from[4] = {panel * kPanel, row, head, batch};
       tma_load(elements + panel * rows * kPanel, map, arrived, from);
     }
   }
+  // And tells the barrier how many bytes will come.
+  __device__ __forceinline__ void fetch(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
+    mbarrier_arrive_expect_bytes(arrived, sizeof(elements));
+    copy(map, arrived, row, head, batch);
+  }
 
   // As an operand of wgmma. with_depth_along_rows: Q and K of Q K^T; a step goes 16 columns on. with_depth_down: V of P
-  // V; a step goes 16 rows down.
+  // V, from a panel's first column on; a step goes 16 rows down.
   __device__ __forceinline__ uint64_t with_depth_along_rows(int first_row) const {
     return matrix_descriptor(elements + first_row * kPanel, 0, kGroupBytes, kSwizzleBytes);
   }
-  __device__ __forceinline__ uint64_t with_depth_down() const {
-    return matrix_descriptor(elements, kPanelBytes, kGroupBytes, kSwizzleBytes);
+  __device__ __forceinline__ uint64_t with_depth_down(int first_column = 0) const {
+    return matrix_descriptor(elements + first_column * rows, kPanelBytes, kGroupBytes, kSwizzleBytes);
   }
   __device__ __forceinline__ static uint64_t step_along_rows(int column) {
     return (column / kPanel * kPanelBytes + column % kPanel * sizeof(T)) >> 4;  // a descriptor counts in 16 bytes
