@@ -35,8 +35,7 @@ def of(
     documents: int = 0,
 ) -> list[Case]:
     """Causal, one sequence, or one of `documents` tokens after the other; forward and backward held to `most`. A chip
-    without a path of its own takes the generic one, which multiplies without matrix instructions. Hopper has a forward
-    of its own, and sm_80's backward."""
+    without a path of its own takes the generic one, which multiplies without matrix instructions."""
     what = f"{T} x {H} + {KV} heads of {D} {SHORT[dtype]}" + (", documents" if documents else "")
     path = {"sm_75": "generic", "sm_90a": "sm90"}.get(chip, "sm80")
     lengths = [min(documents or T, T - begin) for begin in range(0, T, documents or T)]
@@ -67,8 +66,7 @@ def of(
         least = least_bytes(direction, 1, T, T, H, KV, D, dtype)
         return Case(f"attention_{direction}", what, path, arguments, least, most, None, products * product, chip)
 
-    found = [case("forward", forward, 2, most[0]), case("backward", backward, 5, most[1])]
-    return found[:1] if chip == "sm_90a" else found
+    return [case("forward", forward, 2, most[0]), case("backward", backward, 5, most[1])]
 
 
 def decoding(B: int, Tk: int, H: int, KV: int, D: int, dtype: torch.dtype, most: float) -> Case:
