@@ -1,9 +1,9 @@
 // Attention's gradients on Hopper: bf16 and fp16, heads of up to 128, by TMA and wgmma. docs/attention.md draws it.
 //
 // A block has tiles of 128 keys (backward_blocks.cuh). Of its three warpgroups the last one is the producer: it brings K
-// and V, which stay, and then Q and d_o, tile after tile, into a ring of two stages, with what else there is to know of
-// these queries. The others, the consumers, have 64 keys each. As on the sm_80 path everything is transposed,
-// S^T = K Q^T and d_o's product V d_o^T, so that P^T and d_s^T are left operands of
+// and V, and then Q and d_o, tile after tile, into a ring of two stages, with what else there is to know of these
+// queries. The others, the consumers, have 64 keys each. As on the sm_80 path everything is transposed, S^T = K Q^T and
+// d_o's product V d_o^T, so that P^T and d_s^T are left operands of
 //
 //   d_v += P^T d_o        d_k += d_s^T Q
 //
@@ -12,13 +12,14 @@
 // the TMA unit after that.
 //
 // Barriers of a stage: full, when all bytes are there (the TMA unit counts them) and what the producer's four warps
-// write themselves; empty, when both consumers have read it all. keys_full and keys_empty are K's and V's. One barrier a
-// step is between consumers, for d_s, which has two buffers: who passes it knows that both have read those of the step
-// before.
+// write themselves; empty, when both consumers have read it all. K and V have their own. So that a block need not wait
+// where it comes to its next tile of keys, K has two stages, and V is empty when the last step has no more need of it.
+// One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that both have read those
+// of the step before.
 //
-// 384 threads with 168 registers, which the warpgroups share out anew, and 197 KB of shared memory make one block for a
-// multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64 of d_k and
-// d_v; 64 for wider ones, where it is the other way round. By arithmetic: nothing was measured so far.
+// 384 threads with 168 registers, which the warpgroups share out anew, and 213 or 227 KB of shared memory make one block
+// for a multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64 of d_k
+// and d_v; 64 for wider ones, where it is the other way round. By arithmetic: nothing was measured so far.
 
 #include <algorithm>
 #include <type_traits>
@@ -76,12 +77,12 @@ struct HopperBackwardTile {
     int first_key[kQueries], key_count[kQueries];  // that a query sees
   };
   struct SharedMemory {
-    Keys k, v;
+    Keys k[kStages], v;
     Queries q[kStages], d_o[kStages];
     Scores d_s[kStages];  // transposed
     Outgoing out[kConsumers * kWarpgroup / 32];
     Told told[kStages];
-    uint64_t keys_full, keys_empty, full[kStages], empty[kStages];
+    uint64_t full[kStages], empty[kStages], k_full[kStages], k_empty[kStages], v_full, v_empty;
   };
   using Products = float[kQueries / 2];            // of a thread
   using Operands = uint32_t[kQueries / kPiece][4];  // likewise, as a left operand
@@ -148,8 +149,8 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
                                         const BackwardMaps& maps, const BlockOfKeys& block) {
   const AttentionPlan& plan = p.plan;
   const int thread = threadIdx.x % kWarpgroup;
-  typename Tile::Ring at;
-  unsigned keys_parity = 0;
+  typename Tile::Ring at, k;
+  unsigned v_parity = 0;
   for (int first_key = block.split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
     const Steps<Tile::kKeys, Tile::kQueries> steps(p, block.batch, block.kv_head, plan.keys, first_key);
     Step step = steps.first();
@@ -189,10 +190,10 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
         shared.q[at.stage].copy(maps.q, full, first_query, step.head, block.batch);
         shared.d_o[at.stage].copy(maps.d_o, full, first_query, step.head, block.batch);
         if (first) {
-          mbarrier_wait(shared.keys_empty, keys_parity ^ 1);
-          mbarrier_arrive_expect_bytes(shared.keys_full, 2 * sizeof(typename Tile::Keys));
-          shared.k.copy(maps.k, shared.keys_full, first_key, block.kv_head, block.batch);
-          shared.v.copy(maps.v, shared.keys_full, first_key, block.kv_head, block.batch);
+          mbarrier_wait(shared.k_empty[k.stage], k.parity ^ 1);
+          shared.k[k.stage].fetch(maps.k, shared.k_full[k.stage], first_key, block.kv_head, block.batch);
+          mbarrier_wait(shared.v_empty, v_parity ^ 1);
+          shared.v.fetch(maps.v, shared.v_full, first_key, block.kv_head, block.batch);
         }
       } else if (lane_of_warp() == 0) {
         mbarrier_arrive(shared.full[at.stage]);
@@ -201,7 +202,7 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
       step = next;
       at.advance();
     }
-    keys_parity ^= exists;
+    if (exists) k.advance(), v_parity ^= 1;
   }
 }
 
@@ -328,14 +329,14 @@ __device__ __forceinline__ void stage_results(Outgoing& out, const float (&d_q)[
   }
 }
 
-// Its rows of d_k or d_v, rounded.
+// Its rows of d_k or d_v, rounded, to panels from first_panel on.
 template <class T, int n>
-__device__ __forceinline__ void stage_results(Outgoing& out, const float (&results)[n], float scale) {
+__device__ __forceinline__ void stage_results(Outgoing& out, int first_panel, const float (&results)[n], float scale) {
 #pragma unroll
   for (int i = 0; i < n / 4; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(out.at(i / 8, group_of_lane() + half * 8, i % 8) + member_of_group() * 4) =
+      *reinterpret_cast<uint32_t*>(out.at(first_panel + i / 8, group_of_lane() + half * 8, i % 8) + member_of_group() * 4) =
           pack<T>(results[i * 4 + half * 2] * scale, results[i * 4 + half * 2 + 1] * scale);
     }
   }
@@ -356,23 +357,24 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
   const auto release = [&](uint64_t& empty) {
     if (threadIdx.x % kWarpgroup == 0) mbarrier_arrive(empty);
   };
-  // Panels of `out` to columns first_column .. of a tensor; those that it does not have, and rows, are left out.
-  const auto send = [&](const TensorMap& map, int panels, int panel_width, int first_column, int row, int head,
-                        int batch, bool add) {
+  // Panels of `out` from first_panel on to columns first_column .. of a tensor; those that it does not have, and rows,
+  // are left out.
+  const auto send = [&](const TensorMap& map, int first_panel, int panels, int panel_width, int first_column, int row,
+                        int head, int batch, bool add) {
     fence_proxy_async();
     __syncwarp();
     if (lane_of_warp() != 0) return;
     for (int panel = 0; panel < panels; ++panel) {
       const int to[4] = {first_column + panel * panel_width, row, head, batch};
       if (to[0] >= plan.width) break;
-      if (add) tma_reduce_add(map, out.bytes[panel], to);
-      else tma_store(map, out.bytes[panel], to);
+      if (add) tma_reduce_add(map, out.bytes[first_panel + panel], to);
+      else tma_store(map, out.bytes[first_panel + panel], to);
     }
     bulk_commit();
   };
 
-  typename Tile::Ring at;
-  unsigned keys_parity = 0;
+  typename Tile::Ring at, k;
+  unsigned v_parity = 0;
   for (int first_key = block.split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
     float d_k[Tile::kWidth / 2], d_v[Tile::kWidth / 2];
 #pragma unroll
@@ -392,7 +394,10 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         at.advance();
         break;
       }
-      if (first) mbarrier_wait(shared.keys_full, keys_parity);
+      if (first) {
+        mbarrier_wait(shared.k_full[k.stage], k.parity);
+        mbarrier_wait(shared.v_full, v_parity);
+      }
 
       const auto write_queries = [&](const float (&d_q)[Tile::kColumns / 2]) {
         if (!p.d_q) return;
@@ -402,19 +407,20 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         }
         __syncwarp();
         stage_results(out, d_q);
-        send(maps.part, Outgoing::kPanels, kLine / int(sizeof(float)), Tile::kByColumns ? consumer * Tile::kColumns : 0,
+        send(maps.part, 0, Outgoing::kPanels, kLine / int(sizeof(float)), Tile::kByColumns ? consumer * Tile::kColumns : 0,
              first_query + warp_row + (Tile::kByColumns ? 0 : consumer * kWarpgroupRows), head,
              block.split * plan.batches + block.batch, part_exists(p, seen, first_key / Tile::kKeys, Tile::kKeys));
       };
       float d_q[Tile::kColumns / 2];
       const auto& d_s_of_all = shared.d_s[at.stage];
       if (seen.hidden(first_key + own_keys, kWarpgroupRows)) {
+        if (last) release(shared.v_empty);
         const typename Tile::Operands zeros = {};
         store_scores<Tile>(shared.d_s[at.stage], own_keys, zeros);
         fence_proxy_async();
         barrier_sync(kDsBarrier, Tile::kConsumers * kWarpgroup);  // d_s is there
         wgmma_fence();
-        multiply_keys<Tile>(d_q, d_s_of_all, shared.k, consumer);
+        multiply_keys<Tile>(d_q, d_s_of_all, shared.k[k.stage], consumer);
         wgmma_commit();
         wgmma_wait<0>();
         pin_registers(d_q);
@@ -422,7 +428,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
       } else {
         typename Tile::Products scores, d_p;
         wgmma_fence();
-        multiply_queries<Tile>(scores, shared.k, own_keys, shared.q[at.stage]);
+        multiply_queries<Tile>(scores, shared.k[k.stage], own_keys, shared.q[at.stage]);
         wgmma_commit();
         multiply_queries<Tile>(d_p, shared.v, own_keys, shared.d_o[at.stage]);
         wgmma_commit();
@@ -437,6 +443,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         }
         wgmma_wait<0>();
         pin_registers(d_p);
+        if (last) release(shared.v_empty);
         // Rows past the end see nothing, and have to be masked.
         const bool whole =
             seen.whole(first_key + own_keys, kWarpgroupRows) && first_query + Tile::kQueries <= plan.queries;
@@ -461,7 +468,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         add_queries<Tile>(d_v, weights, shared.d_o[at.stage]);
         wgmma_commit();
         barrier_sync(kDsBarrier, Tile::kConsumers * kWarpgroup);  // d_s is there
-        multiply_keys<Tile>(d_q, d_s_of_all, shared.k, consumer);
+        multiply_keys<Tile>(d_q, d_s_of_all, shared.k[k.stage], consumer);
         wgmma_commit();
         add_queries<Tile>(d_k, d_s, shared.q[at.stage]);
         wgmma_commit();
@@ -476,18 +483,27 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
       first = false;
       at.advance();
     }
-    if (exists) release(shared.keys_empty);
-    keys_parity ^= exists;
+    if (exists) {
+      release(shared.k_empty[k.stage]);
+      k.advance();
+      v_parity ^= 1;
+    }
 
-    const auto send_keys = [&](const TensorMap& map, const float (&results)[Tile::kWidth / 2], float scale) {
+    const auto wait_for_room = [&] {
       if (lane_of_warp() == 0) bulk_wait_read<0>();
       __syncwarp();
-      stage_results<T>(out, results, scale);
-      send(map, Tile::Keys::kPanels, Tile::Keys::kPanel, 0, first_key + own_keys + warp_row, block.kv_head, block.batch,
-           false);
     };
-    if (p.d_v) send_keys(maps.d_v, d_v, 1.0f);
-    if (p.d_k) send_keys(maps.d_k, d_k, float(plan.scale));
+    const auto send_keys = [&](const TensorMap& map, int first_panel, const float (&results)[Tile::kWidth / 2],
+                               float scale) {
+      stage_results<T>(out, first_panel, results, scale);
+      send(map, first_panel, Tile::Keys::kPanels, Tile::Keys::kPanel, 0, first_key + own_keys + warp_row, block.kv_head,
+           block.batch, false);
+    };
+    constexpr bool kRoomForBoth = 2 * Tile::Keys::kPanels <= Outgoing::kPanels;
+    wait_for_room();
+    if (p.d_v) send_keys(maps.d_v, 0, d_v, 1.0f);
+    if (!kRoomForBoth) wait_for_room();
+    if (p.d_k) send_keys(maps.d_k, kRoomForBoth ? Tile::Keys::kPanels : 0, d_k, float(plan.scale));
   }
   if (lane_of_warp() == 0) bulk_wait_read<0>();
 }
@@ -498,12 +514,14 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void attention_backward_sm90_ker
   if (!kForSm90) return __trap();
   auto& shared = dynamic_shared<typename Tile::SharedMemory>();
   if (threadIdx.x == 0) {
-    mbarrier_init(shared.keys_full, 1);
-    mbarrier_init(shared.keys_empty, Tile::kConsumers);
+    mbarrier_init(shared.v_full, 1);
+    mbarrier_init(shared.v_empty, Tile::kConsumers);
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(shared.full[stage], kWarpgroup / 32);
       mbarrier_init(shared.empty[stage], Tile::kConsumers);
+      mbarrier_init(shared.k_full[stage], 1);
+      mbarrier_init(shared.k_empty[stage], Tile::kConsumers);
     }
     fence_mbarrier_init();
   }

@@ -116,4 +116,9 @@ SCENARIOS = [
     hopper(700, (1, 1), 8, documents=(0, 192), causal=False),
     hopper(512, (1, 1), 8, documents=(0, 448)),
     hopper(500, (1, 1), 16, documents=(0,), late=64, causal=False),
+    # Two blocks for a head, which come to two tiles of keys; one block, and a tile that nobody sees.
+    hopper(390, (2, 1), 8, backward=True),
+    hopper(140, (2, 2), 72, more_keys=400, window=150, dtype=torch.float16, backward=True),
+    hopper(300, (1, 1), 24, documents=(0, 100), backward=True),
+    hopper(140, (1, 1), 120, documents=(0, 30), backward=True),
 ]
