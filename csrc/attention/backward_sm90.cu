@@ -12,10 +12,10 @@
 // the TMA unit after that.
 //
 // Barriers of a stage: full, when all bytes are there (the TMA unit counts them) and what the producer's four warps
-// write themselves; empty, when both consumers have read it all. K and V have their own. So that a block need not wait
-// where it comes to its next tile of keys, K has two stages, and V is empty when the last step has no more need of it.
-// One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that both have read those
-// of the step before.
+// write themselves; empty, when both consumers have read it all. K and V have full ones of their own. So that a block need
+// not wait where it comes to its next tile of keys, K has two stages, and V is empty when the last step has no more need
+// of it. One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that both have read
+// those of the step before.
 //
 // 384 threads with 168 registers, which the warpgroups share out anew, and 213 or 227 KB of shared memory make one block
 // for a multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64 of d_k
@@ -82,7 +82,7 @@ struct HopperBackwardTile {
     Scores d_s[kStages];  // transposed
     Outgoing out[kConsumers * kWarpgroup / 32];
     Told told[kStages];
-    uint64_t full[kStages], empty[kStages], k_full[kStages], k_empty[kStages], v_full, v_empty;
+    uint64_t full[kStages], empty[kStages], k_full[kStages], v_full, v_empty;
   };
   using Products = float[kQueries / 2];            // of a thread
   using Operands = uint32_t[kQueries / kPiece][4];  // likewise, as a left operand
@@ -123,14 +123,14 @@ struct Steps {
 
   __device__ __forceinline__ Visible seen_by(int tile) const { return seen_by_tile(p, batch, tile, kQueries, keys); }
   __device__ __forceinline__ bool over(const Step& step) const { return step.tile >= end; }
-  __device__ __forceinline__ Step first() const { return from(begin); }
-  __device__ __forceinline__ Step after(const Step& step) const {
-    return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : from(step.tile + 1);
+  __device__ __forceinline__ Step first_step() const { return step_from(begin); }
+  __device__ __forceinline__ Step step_after(const Step& step) const {
+    return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : step_from(step.tile + 1);
   }
 
  private:
   // Only documents leave a tile out: each lane looks at one.
-  __device__ __forceinline__ Step from(int tile) const {
+  __device__ __forceinline__ Step step_from(int tile) const {
     while (p.plan.doc_start && tile < end) {
       const int of_lane = tile + lane_of_warp();
       const bool sees = in_bounds(of_lane, end) && !seen_by(of_lane).hidden(first_key, kKeys);
@@ -153,11 +153,11 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
   unsigned v_parity = 0;
   for (int first_key = block.split * Tile::kKeys; first_key < plan.keys; first_key += p.splits * Tile::kKeys) {
     const Steps<Tile::kKeys, Tile::kQueries> steps(p, block.batch, block.kv_head, plan.keys, first_key);
-    Step step = steps.first();
+    Step step = steps.first_step();
     const bool exists = !steps.over(step);
     bool first = true, last = false;
     while (!last) {
-      const Step next = steps.after(step);
+      const Step next = steps.step_after(step);
       last = !exists || steps.over(next);
       const int first_query = step.tile * Tile::kQueries, query = first_query + thread;
       float base = 0, delta = 0;
@@ -190,7 +190,8 @@ __device__ __forceinline__ void produce(typename Tile::SharedMemory& shared, con
         shared.q[at.stage].copy(maps.q, full, first_query, step.head, block.batch);
         shared.d_o[at.stage].copy(maps.d_o, full, first_query, step.head, block.batch);
         if (first) {
-          mbarrier_wait(shared.k_empty[k.stage], k.parity ^ 1);
+          // K's stage is empty: both consumers have finished the step before the last one, which was no earlier than
+          // the end of the tile of keys before the last one.
           shared.k[k.stage].fetch(maps.k, shared.k_full[k.stage], first_key, block.kv_head, block.batch);
           mbarrier_wait(shared.v_empty, v_parity ^ 1);
           shared.v.fetch(maps.v, shared.v_full, first_key, block.kv_head, block.batch);
@@ -329,15 +330,21 @@ __device__ __forceinline__ void stage_results(Outgoing& out, const float (&d_q)[
   }
 }
 
-// Its rows of d_k or d_v, rounded, to panels from first_panel on.
-template <class T, int n>
-__device__ __forceinline__ void stage_results(Outgoing& out, int first_panel, const float (&results)[n], float scale) {
+// Its rows of d_k or d_v, rounded, to panels from first_panel on; whole panels, for whole ones are what leaves.
+template <class Tile>
+__device__ __forceinline__ void stage_results(Outgoing& out, int first_panel, const float (&results)[Tile::kWidth / 2],
+                                              float scale) {
+  constexpr int kVectors = Tile::Keys::kPanel / 8;  // of a panel's row
 #pragma unroll
-  for (int i = 0; i < n / 4; ++i) {
+  for (int i = 0; i < Tile::Keys::kPanels * kVectors; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(out.at(first_panel + i / 8, group_of_lane() + half * 8, i % 8) + member_of_group() * 4) =
-          pack<T>(results[i * 4 + half * 2] * scale, results[i * 4 + half * 2 + 1] * scale);
+      uint32_t both = 0;
+      if (i * 8 < Tile::kWidth) {
+        both = pack<typename Tile::T>(results[i * 4 + half * 2] * scale, results[i * 4 + half * 2 + 1] * scale);
+      }
+      *reinterpret_cast<uint32_t*>(out.at(first_panel + i / kVectors, group_of_lane() + half * 8, i % kVectors) +
+                                   member_of_group() * 4) = both;
     }
   }
 }
@@ -347,7 +354,6 @@ template <class Tile>
 __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, const AttentionBackward& p,
                                         const PowersOfTwo& powers, const BackwardMaps& maps,
                                         const BlockOfKeys& block) {
-  using T = typename Tile::T;
   constexpr int kDsBarrier = 1;  // 0 is __syncthreads's
   const AttentionPlan& plan = p.plan;
   const int consumer = threadIdx.x / kWarpgroup, own_keys = consumer * kWarpgroupRows;  // of the tile
@@ -466,7 +472,6 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         pin_registers(d_s);
         wgmma_fence();
         add_queries<Tile>(d_v, weights, shared.d_o[at.stage]);
-        wgmma_commit();
         barrier_sync(kDsBarrier, Tile::kConsumers * kWarpgroup);  // d_s is there
         multiply_keys<Tile>(d_q, d_s_of_all, shared.k[k.stage], consumer);
         wgmma_commit();
@@ -484,7 +489,6 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
       at.advance();
     }
     if (exists) {
-      release(shared.k_empty[k.stage]);
       k.advance();
       v_parity ^= 1;
     }
@@ -495,7 +499,7 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
     };
     const auto send_keys = [&](const TensorMap& map, int first_panel, const float (&results)[Tile::kWidth / 2],
                                float scale) {
-      stage_results<T>(out, first_panel, results, scale);
+      stage_results<Tile>(out, first_panel, results, scale);
       send(map, first_panel, Tile::Keys::kPanels, Tile::Keys::kPanel, 0, first_key + own_keys + warp_row, block.kv_head,
            block.batch, false);
     };
@@ -521,7 +525,6 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void attention_backward_sm90_ker
       mbarrier_init(shared.full[stage], kWarpgroup / 32);
       mbarrier_init(shared.empty[stage], Tile::kConsumers);
       mbarrier_init(shared.k_full[stage], 1);
-      mbarrier_init(shared.k_empty[stage], Tile::kConsumers);
     }
     fence_mbarrier_init();
   }
