@@ -48,6 +48,8 @@ def by_rule(arguments: list[Tensor], path: str, torchs: Callable[..., Any] | Non
         arguments,
         f"{[tuple(t.shape) for t in arguments[:2]]} {arguments[0].dtype} {options}",
     )
+    after_decoding = BEST if arguments[0].dtype in (BF16, F16) else "generic"
+    assert kernels.last_path("cuda")[0] == (after_decoding if path == "decode" else path)  # of the backward
     with torch.no_grad():
         attention(*arguments, **options)
     assert kernels.last_path("cuda")[0] == path
