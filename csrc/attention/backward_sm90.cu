@@ -17,7 +17,7 @@
 // of it. One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that both have read
 // those of the step before.
 //
-// 384 threads with 168 registers, which the warpgroups share out anew, and 213 or 227 KB of shared memory make one block
+// 384 threads with 168 registers, which the warpgroups share out anew, and 212 or 226 KB of shared memory make one block
 // for a multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64 of d_k
 // and d_v; 64 for wider ones, where it is the other way round. By arithmetic: nothing was measured so far.
 

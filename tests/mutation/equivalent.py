@@ -44,6 +44,16 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
     (
         "csrc/attention/forward_sm90.cu, attention_forward_sm90_kernel: for_each_tile(maps.tiles, [&](int place) {",
     ): "what it is given is not inlined into it, and has sites of its own",
+    (
+        "another barrier",
+        "csrc/attention/backward_sm90.cu, consume: barrier_sync(kDsBarrier, Tile::kConsumers * kWarpgroup);",
+        "csrc/attention/backward_sm90.cu, attention_backward_sm90_kernel: "
+        "consume<Tile>(shared, p, powers, maps, block);",
+    ): "of a tile that nobody sees: all who wait for each other come to this line, and the other barrier is free",
+    (
+        "waits for reading alone",
+        "csrc/attention/backward_sm90.cu, consume: if (first) bulk_wait<0>();",
+    ): "hundreds of operations come between two additions to a row, and the emulator tells 64 apart",
     **{
         ("arrives and does not wait", _TAKE, *chain): (
             "turns are there for speed: no result depends on them, and the ring of stages lets a warpgroup that takes "
