@@ -31,7 +31,7 @@ BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "losses": (98, ("ops/test_cross_entropy", "ops/test_linear_cross_entropy")),
     "rotary and embedding": (50, ("ops/test_rotary", "ops/test_embedding")),
     "optimizer": (44, ("ops/test_adamw", "ops/test_grad_norm")),
-    "attention": (212, ("ops/test_attention",)),
+    "attention": (280, ("ops/test_attention",)),
     "ops": (44, ("ops/", "test_rule")),
     "static": (58, ("test_static",)),
     "kernel minute": (26, ("test_kernel_minute",)),
