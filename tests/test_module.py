@@ -68,7 +68,7 @@ def test_every_kernel_has_registers_and_memory_on_every_architecture(module: Mod
         ["nm", "-C", "--defined-only", built("emulated")], capture_output=True, text=True, check=True
     )
     plain = re.sub(r"fastgpt::|\(anonymous namespace\)::", "", listed.stdout)
-    names = set(re.findall(r" void (\w+_kernel(?:<[^()]*>)?)\([^()]*\)$", plain, re.M))
+    names = set(re.findall(r" (?:void )?(\w+_kernel(?:<[^()]*>)?)\([^()]*\)$", plain, re.M))
     kernels = library.kernels()
     assert names and {kernel.name for kernel in kernels} == names, "those that the emulator runs"
     assert len(kernels) == len(names) * len(library.build_info.archs) == len({(k.name, k.arch) for k in kernels})
