@@ -120,6 +120,16 @@ def test_gradients_of_a_query_that_is_not_finite() -> None:
     assert d_v[0, :41].isnan().all() and torch.equal(d_v[0, 41:], clean[3][0, 41:])
 
 
+def test_a_key_that_is_infinite_and_weighs_nothing() -> None:
+    """Rows past the end are zeros, whose product with it is NaN: they must not be looked at."""
+    q, k, v = inputs(1, 100, 100, 1, 1, 64, BF16)
+    q, k[0, 5] = q.abs(), 0
+    k[0, 5, 0, 3] = -math.inf
+    _, _, d_k, d_v = outputs_and_gradients(lambda *t: attention(*t, causal=False), [q, k, v])
+    assert kernels.last_path() == SERVED
+    assert (d_k[0, 5] == 0).all() and (d_v[0, 5] == 0).all() and d_k.isfinite().all() and d_v.isfinite().all()
+
+
 # ---- documents -------------------------------------------------------------------------------------------
 
 
