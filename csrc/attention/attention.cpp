@@ -281,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o_, const 
   }
   OptionalTensor visible;
   if (p.plan.doc_start) {
-    visible = empty(q, {q.size(0), (q.size(1) + kFewestBackwardQueries - 1) / kFewestBackwardQueries, 4}, ScalarType::Int);
+    const int64_t tiles = (q.size(1) + kFewestBackwardQueries - 1) / kFewestBackwardQueries;
+    visible = empty(q, {q.size(0), tiles, 4}, ScalarType::Int);
     p.visible = static_cast<int32_t*>(call.out(*visible, "visible"));
   }
   (hopper ? launch_attention_backward_sm90 : launch_attention_backward_sm80)(p, call.stream());

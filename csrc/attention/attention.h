@@ -39,8 +39,8 @@ struct AttentionBackward {
   void* delta = nullptr;        // likewise: workspace, rowsum(d_o * o) - d_lse
   void *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // contiguous, as q, k, v; null: not wanted
   void* row_stats = nullptr;  // (B, H, Tq, 2), likewise: workspace of the generic path, see QueryStats there
-  // Of the paths on tensor cores alone: what attention_backward_splits_ of the path said, and workspaces, of d_q where it
-  // is wanted, and of what tiles of queries see where there are documents.
+  // Of the paths on tensor cores alone: what attention_backward_splits_ of the path said, and workspaces, of d_q where
+  // it is wanted, and of what tiles of queries see where there are documents.
   int splits = 1;
   float* partial_d_q = nullptr;  // (splits, B, Tq, H, D)
   int32_t* visible = nullptr;    // (B, ceil(Tq / kFewestBackwardQueries), 4)

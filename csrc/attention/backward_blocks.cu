@@ -13,7 +13,8 @@ constexpr int kThreadsOfVisible = 128, kMostQueries = 128;
 constexpr int kMostSumThreads = 256, kSumSize = Vec16<float>::kSize, kDeltaThreads = 256;
 constexpr int kVector = 8;  // elements of 16 bits: a vector of 16 bytes
 
-// As attention_delta_kernel's, of rows that are whole vectors: `lanes` neighbours, a power of two, for each token and head.
+// As attention_delta_kernel's, of rows that are whole vectors: `lanes` neighbours, a power of two, for each token and
+// head.
 template <class T>
 __global__ __launch_bounds__(kDeltaThreads) void attention_delta_of_vectors_kernel(AttentionBackward p, int lanes) {
   const AttentionPlan& plan = p.plan;
@@ -37,7 +38,8 @@ __global__ __launch_bounds__(kDeltaThreads) void attention_delta_of_vectors_kern
 }
 
 // Where there are documents, once: every block asks for every tile. A warp for each.
-__global__ __launch_bounds__(kThreadsOfVisible) void attention_visible_kernel(AttentionBackward p, int queries_of_tile) {
+__global__ __launch_bounds__(kThreadsOfVisible) void attention_visible_kernel(AttentionBackward p,
+                                                                              int queries_of_tile) {
   const AttentionPlan& plan = p.plan;
   const int tiles = (plan.queries + queries_of_tile - 1) / queries_of_tile;
   const int64_t warp = int64_t(blockIdx.x) * (kThreadsOfVisible / 32) + warp_of_block();

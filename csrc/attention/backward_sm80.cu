@@ -9,8 +9,8 @@
 // as they are, in registers, and d_k and d_v stay in registers to the end. Only d_s goes through shared memory, for
 // d_q = d_s K, which sums over the keys of all warps.
 //
-// d_q sums over blocks, too: backward_blocks.cuh. Five products, where computing S and d_o V^T again for d_q alone would
-// make seven.
+// d_q sums over blocks, too: backward_blocks.cuh. Five products, where computing S and d_o V^T again for d_q alone
+// would make seven.
 //
 // 128 keys and 64 queries: one block of 8 warps for a multiprocessor. Heads wider than 64 need 114 and 146 KB for it,
 // and 64 keys and 32 queries serve chips with less. By arithmetic: nothing was measured so far.

@@ -1,7 +1,7 @@
 // Attention's gradients on Hopper: bf16 and fp16, heads of up to 128, by TMA and wgmma. docs/attention.md draws it.
 //
-// A block has tiles of 128 keys (backward_blocks.cuh). Of its three warpgroups the last one is the producer: it brings K
-// and V, and then Q and d_o, tile after tile, into a ring of two stages, with what else there is to know of these
+// A block has tiles of 128 keys (backward_blocks.cuh). Of its three warpgroups the last one is the producer: it brings
+// K and V, and then Q and d_o, tile after tile, into a ring of two stages, with what else there is to know of these
 // queries. The others, the consumers, have 64 keys each. As on the sm_80 path everything is transposed, S^T = K Q^T and
 // d_o's product V d_o^T, so that P^T and d_s^T are left operands of
 //
@@ -12,14 +12,14 @@
 // the TMA unit after that.
 //
 // Barriers of a stage: full, when all bytes are there (the TMA unit counts them) and what the producer's four warps
-// write themselves; empty, when both consumers have read it all. K and V have full ones of their own. So that a block need
-// not wait where it comes to its next tile of keys, K has two stages, and V is empty when the last step has no more need
-// of it. One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that both have read
-// those of the step before.
+// write themselves; empty, when both consumers have read it all. K and V have full ones of their own. So that a block
+// need not wait where it comes to its next tile of keys, K has two stages, and V is empty when the last step has no
+// more need of it. One barrier a step is between consumers, for d_s, which has two buffers: who passes it knows that
+// both have read those of the step before.
 //
-// 384 threads with 168 registers, which the warpgroups share out anew, and 212 or 226 KB of shared memory make one block
-// for a multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64 of d_k
-// and d_v; 64 for wider ones, where it is the other way round. By arithmetic: nothing was measured so far.
+// 384 threads with 168 registers, which the warpgroups share out anew, and 212 or 226 KB of shared memory make one
+// block for a multiprocessor. 128 queries at a time for heads of up to 64, whose S and d_p take 128 registers beside 64
+// of d_k and d_v; 64 for wider ones, where it is the other way round. By arithmetic: nothing was measured so far.
 
 #include <algorithm>
 #include <type_traits>
@@ -413,8 +413,9 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
         }
         __syncwarp();
         stage_results(out, d_q);
-        send(maps.part, 0, Outgoing::kPanels, kLine / int(sizeof(float)), Tile::kByColumns ? consumer * Tile::kColumns : 0,
-             first_query + warp_row + (Tile::kByColumns ? 0 : consumer * kWarpgroupRows), head,
+        const int column = Tile::kByColumns ? consumer * Tile::kColumns : 0;
+        const int row = first_query + warp_row + (Tile::kByColumns ? 0 : consumer * kWarpgroupRows);
+        send(maps.part, 0, Outgoing::kPanels, kLine / int(sizeof(float)), column, row, head,
              block.split * plan.batches + block.batch, part_exists(p, seen, first_key / Tile::kKeys, Tile::kKeys));
       };
       float d_q[Tile::kColumns / 2];

@@ -38,8 +38,8 @@ struct alignas(1024) SwizzledTile {
     return elements + (column / kPanel * rows + row) * kPanel + vector * 8 + column % 8;
   }
 
-  // Starts the copies of rows row .. of a head; whole panels, for what lies outside of the tensor comes as zeros. By one
-  // thread.
+  // Starts the copies of rows row .. of a head; whole panels, for what lies outside of the tensor comes as zeros. By
+  // one thread.
   __device__ __forceinline__ void copy(const TensorMap& map, uint64_t& arrived, int row, int head, int batch) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
