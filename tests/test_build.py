@@ -534,7 +534,7 @@ INSTANTIATIONS = {
     "embedding": 24,
     "adamw": 7,
     "grad_norm": 4,
-    "attention": 46,
+    "attention": 53,
 }
 
 
