@@ -67,7 +67,8 @@ class Linear(nn.Linear):
 def weight_gradient(d_y: Tensor, x: Tensor, formulation: str, dtype: torch.dtype) -> Tensor:
     """dW (N, K) in `dtype`, of d_y (..., N) and x (..., K)."""
     rows = (t.reshape(-1, t.shape[-1]).contiguous() for t in (d_y, x))
-    return FORMULATIONS[formulation](*rows).to(dtype).contiguous()
+    # In the layout at once, where the dtype changes; where it does not, `to` leaves the layout as it is.
+    return FORMULATIONS[formulation](*rows).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _someone_looks_inside(x: Tensor) -> bool:

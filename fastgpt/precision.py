@@ -78,10 +78,10 @@ def measure_weight_gradients(model: GPT, tokens: int, repeats: int = 3) -> tuple
     """For each shape of the model's linear layers the formulation in which the gradient of its weight is computed
     fastest here from `tokens` rows, and the seconds that each one took.
 
-    The quickest of `repeats` after a warm-up, the formulations in turn, to the dtype that gradients are summed up in. A
-    CPU takes torch's own without measuring: there all are alike.
+    The quickest of `repeats` after a warm-up, the formulations in turn, to the dtype that gradients are summed up in.
+    What is no CUDA GPU takes torch's own without measuring: on a CPU all are alike.
     """
-    if model.device.type == "cpu":
+    if model.device.type != "cuda":
         return {}, {}
     found = {}
     for layer in {shape_of(layer): layer for layer in linear_layers(model)}.values():
@@ -118,8 +118,8 @@ def worth_it(seconds: dict[str, float]) -> str:
 
 
 def apply_weight_gradients(model: GPT, choice: Choice) -> None:
-    """As chosen, on a GPU, where the choice was made; elsewhere torch's own."""
-    if model.device.type == "cpu":
+    """As chosen, on a CUDA GPU, where the choice was made; elsewhere torch's own."""
+    if model.device.type != "cuda":
         choice = {}
     for layer in linear_layers(model):
         layer.weight_gradient = choice.get(shape_of(layer), PLAIN)

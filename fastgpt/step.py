@@ -114,28 +114,31 @@ class Step:
             group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
         # One for all: what a graph leaves in it, the gradients, stays taken, and the rest they may share.
         pool = memory_pool()
-        self._first = captured(self._accumulate_anew, device, pool)
+        self._first = captured(self.accumulate_eagerly, device, pool, self._forget_gradients)
+        self.number.zero_()
         if self.config.accumulation > 1:
-            self.number.zero_()  # in range, whether capturing computes or not
             self._next = captured(self.accumulate_eagerly, device, pool)
         self.losses.fill_(torch.nan)  # an update that is skipped
         self._update = captured(self.update_eagerly, device, pool)
         self.losses.zero_()
         self.reset()
 
-    def _accumulate_anew(self) -> None:
-        self.optimizer.zero_grad()  # to None: the gradients that come are kept, not added to any
+    def _forget_gradients(self) -> None:
+        """So that those which come are kept, not added to any; and before they come, for there is no room for both."""
+        self.optimizer.zero_grad()  # to None
         self.number.zero_()
-        self.accumulate_eagerly()
 
 
 def memory_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+def captured(
+    work: Callable[[], None], device: torch.device, pool: Any, between: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """work() as a CUDA graph, after it has run once: a function that replays it on the current stream.
 
+    between: called after that run, before the capture; what it lets go of the capture may take.
     Raises UserError where something in it cannot be captured.
     """
     with torch.cuda.device(device):
@@ -143,6 +146,7 @@ def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Calla
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
+            between()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:

@@ -135,18 +135,24 @@ def test_the_fastest_is_chosen(seconds: dict[str, float], chosen: str) -> None:
     assert precision.worth_it(seconds) == chosen
 
 
-def test_a_cpu_does_not_measure() -> None:
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_only_a_cuda_gpu_measures(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "device", property(lambda self: torch.device(kind)))
     model = GPT(ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=8))
     assert precision.measure_weight_gradients(model, 16) == ({}, {})
+    precision.apply_weight_gradients(model, {"8 x 8": "wide"})
+    assert {layer.weight_gradient for layer in precision.linear_layers(model)} == {PLAIN}
 
 
 def test_each_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor in the GPU's place."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(GPT, "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
     model = GPT(ModelConfig(vocab_size=9, block_size=8, n_layer=2, n_head=1, n_embd=8))
+    turns, quickest = [], precision.quickest
+    monkeypatch.setattr(precision, "quickest", lambda *given: (turns.append(given), quickest(*given))[1])
     chosen, seconds = precision.measure_weight_gradients(model, 16, repeats=1)
+    assert len(turns) == 4
     assert chosen.keys() == seconds.keys() == {"8 x 24", "8 x 8", "8 x 32", "32 x 8"}
     for shape, each in seconds.items():
         assert each.keys() == FORMULATIONS.keys() and 0 < min(each.values()) < 1

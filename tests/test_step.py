@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastgpt import ModelConfig, TrainConfig, Trainer, native, step, train
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
 from fastgpt.native import loading
+from tests.fake_cuda import chosen
 from tests.native_cases import built
 from tests.synthetic import VOCAB, text_ids, write_dataset
 
@@ -68,9 +69,12 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def recorded(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+def recorded(
+    work: Callable[[], None], device: torch.device, pool: Any, between: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """Stands in for `step.captured`."""
     work()
+    between()
     with Recording() as recording:
         work()
     return recording.replay
@@ -172,6 +176,23 @@ def test_the_first_micro_batch_writes_the_gradients(folder: Path, monkeypatch: p
     assert again == losses and all(torch.equal(state[name], state_again[name]) for name in state)
 
 
+def test_a_capture_has_the_room_of_the_gradients_before_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's memory is its own: what the run before its capture left would be held beside it."""
+    held = []
+
+    def watched(work: Callable, device: torch.device, pool: Any, between: Callable = lambda: None) -> Callable:
+        def between_and_look() -> None:
+            between()
+            held.append(sum(p.grad is not None for p in work.__self__.model.parameters()))
+
+        return recorded(work, device, pool, between_and_look)
+
+    with recording(monkeypatch):
+        monkeypatch.setattr(step, "captured", watched)
+        trained(folder, "llama, documents", True)
+    assert held[0] == 0 and held[1] == held[2] > 0  # the other graphs add to the first one's, and read them
+
+
 def test_a_batch_of_another_shape_is_refused(folder: Path) -> None:
     config = TrainConfig(
         model=ModelConfig(**SHAPE),
@@ -206,6 +227,7 @@ def test_on_a_gpu_the_graphs_are_the_step_and_nothing_waits(
 
         return call
 
+    monkeypatch.setattr(train, "measure_weight_gradients", chosen)  # measured, two runs may choose otherwise
     for part in ("accumulate", "update"):
         monkeypatch.setattr(step.Step, part, watched(getattr(step.Step, part)))
     losses, state = trained(folder, case, False, "cuda", accumulation, cuda_graphs=False)

@@ -42,12 +42,13 @@ def kernels_of_the_gpu() -> Iterator[None]:
 
 def by_rule(arguments: list[Tensor], path: str, torchs: Callable[..., Any] | None = None, **options: Any) -> None:
     """Outputs and gradients; `path` is the forward's."""
-    check_by_rule(
-        lambda *t: attention(*t, **options),
-        torchs or (lambda *t: naive(*t, **options)),
-        arguments,
-        f"{[tuple(t.shape) for t in arguments[:2]]} {arguments[0].dtype} {options}",
-    )
+    with torch.autograd.set_multithreading_enabled(False):  # each thread remembers the path of its own last call
+        check_by_rule(
+            lambda *t: attention(*t, **options),
+            torchs or (lambda *t: naive(*t, **options)),
+            arguments,
+            f"{[tuple(t.shape) for t in arguments[:2]]} {arguments[0].dtype} {options}",
+        )
     after_decoding = BEST if arguments[0].dtype in (BF16, F16) else "generic"
     assert kernels.last_path("cuda")[0] == (after_decoding if path == "decode" else path)  # of the backward
     with torch.no_grad():
