@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path += [str(BENCHMARKS), str(BENCHMARKS.parent / "tools")]
 
-import harness  # noqa: E402 - found through the line above
+import gpu  # noqa: E402 - found through the line above
+import harness  # noqa: E402
 import operations  # noqa: E402
 import train  # noqa: E402
 
-from fastgpt import native, ops  # noqa: E402
+from fastgpt import doctor, native, ops  # noqa: E402
 from tests.native_cases import built  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -77,10 +78,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_comparison(tmp_path: Path) -> None:
+    """Without the packages that `make gpu` does not ask for."""
+    absent = set(doctor.REQUIRED) - {"numpy", *gpu.TRAINS_WITH}
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n")
     out = tmp_path / "results" / "out.json"
     command = [sys.executable, str(BENCHMARKS / "train.py"), *SIZES, "--device", "cpu", "--threads", "1"]
     command += ["--steps", "3", "--rounds", "2", "--out", str(out), "--only", "fastgpt", "plain fp32"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "fastgpt is " in done.stdout
     result = json.loads(out.read_text())

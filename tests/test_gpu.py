@@ -172,7 +172,7 @@ def test_training_keeps_what_it_found_before_the_end_of_its_time(place: Path, mo
     (place / "benchmarks").mkdir()
     (place / "benchmarks/train.py").write_text(TRAIN)
     monkeypatch.setattr(gpu, "ROOT", place)
-    here = dict.fromkeys(("gpu", "triton", "tokenizers", "safetensors", "tomli_w"), True)
+    here = dict.fromkeys(("gpu", "triton", *gpu.TRAINS_WITH), True)
     stage = gpu.Stage("training")
     gpu.training(stage, here, time.monotonic() + 30)
     said = list(gpu.summary(stage))
@@ -207,7 +207,7 @@ def test_all_stages_and_the_table(place: Path, monkeypatch: pytest.MonkeyPatch, 
     """A GPU that is not there, vectors of which one disagrees, a benchmark that passes, takes too long or fails."""
     (place / "benchmarks").mkdir()
     (place / "benchmarks/bench_toy.py").write_text(BENCHMARK.replace("KIND", kind))
-    here = {"torch": True, "numpy": True, "pytest": False, "tokenizers": True, "safetensors": True, "tomli_w": False,
+    here = {"torch": True, "numpy": True, "pytest": False, "tiktoken": True, "safetensors": True, "tomli_w": False,
             "triton": False, "version": "2.11.0", "gpu": True,
             "name": "Toy H100", "ops": ["toy"], "libraries": [], "nvcc": "13.0", "driver": "12.8"}  # fmt: skip
     monkeypatch.setattr(gpu, "probe", lambda: here)

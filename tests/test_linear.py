@@ -144,11 +144,13 @@ def test_only_a_cuda_gpu_measures(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert {layer.weight_gradient for layer in precision.linear_layers(model)} == {PLAIN}
 
 
-def test_each_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor in the GPU's place."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(GPT, "device", property(lambda self: torch.device("cuda")))
-    model = GPT(ModelConfig(vocab_size=9, block_size=8, n_layer=2, n_head=1, n_embd=8))
+def test_each_shape_is_measured_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, or a processor in its place."""
+    model = GPT(ModelConfig(vocab_size=9, block_size=8, n_layer=2, n_head=1, n_embd=8)).to(device)
+    precision.apply_precision(model, "bfloat16")
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(GPT, "device", property(lambda self: torch.device("cuda")))
     turns, quickest = [], precision.quickest
     monkeypatch.setattr(precision, "quickest", lambda *given: (turns.append(given), quickest(*given))[1])
     chosen, seconds = precision.measure_weight_gradients(model, 16, repeats=1)

@@ -44,12 +44,13 @@ STALL = {"vectors": 30.0, "tests": 100.0}  # seconds for one of them, after whic
 RESTARTS = 6
 FINISHED = (0, 1, 5)  # of pytest: passed, failed, none left. Anything else: it gave up, or died
 MOST_WORKERS = 10  # each has a context of its own on the GPU
+TRAINS_WITH = ("tiktoken", "safetensors", "tomli_w")  # what benchmarks/train.py takes beside torch and numpy
 TAIL = 40  # lines of a log that are kept where a stage failed
 
 # What this machine has. Run by the interpreter that runs the stages.
 PROBE = """
 import importlib.metadata, importlib.util, json, sys
-packages = ("torch", "numpy", "pytest", "xdist", "triton", "tokenizers", "safetensors", "tomli_w")
+packages = ("torch", "numpy", "pytest", "xdist", "triton", *TRAINS_WITH)
 found = {name: importlib.util.find_spec(name) is not None for name in packages}
 if found["torch"]:
     import torch
@@ -224,7 +225,7 @@ def training(stage: Stage, here: dict[str, Any], deadline: float) -> None:
     """The quick part first; with the compiled loops' minutes the rest of the time."""
     if not here["gpu"]:
         raise Unfit("without a GPU benchmarks/train.py measures the processor: run it by itself")
-    if missing := [name for name in ("tokenizers", "safetensors", "tomli_w") if not here[name]]:
+    if missing := [name for name in TRAINS_WITH if not here[name]]:
         raise Unfit(f"the trainer needs {', '.join(missing)}: pip install {' '.join(missing)}".replace("_", "-"))
     shape = ["--shape", "gpt2", "--batch_size", "32", "--steps", "10", "--rounds", "3"]
     peers = ["--compile"] if here["triton"] else []
@@ -296,7 +297,7 @@ def run(stage: Stage, here: dict[str, Any], deadline: float) -> None:
 
 def probe() -> dict[str, Any]:
     """What there is. Raises Unfit where nothing can be run."""
-    code = PROBE.replace("ROOT", repr(str(ROOT)))
+    code = PROBE.replace("ROOT", repr(str(ROOT))).replace("TRAINS_WITH", repr(TRAINS_WITH))
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, cwd=ROOT)
     except subprocess.TimeoutExpired:
