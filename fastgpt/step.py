@@ -14,7 +14,6 @@ simply called.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,49 +107,54 @@ class Step:
     # ---- CUDA graphs ---------------------------------------------------------------------------------
 
     def _capture(self) -> None:
-        """Each part is run once first, for what libraries and the optimizer set up, and changes nothing."""
+        """Each part is run once first, for what libraries and the optimizer set up, and changes nothing. All of these
+        runs come before the captures: then no more is held at any time than while training."""
         device = self.idx.device
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(group["initial_lr"], dtype=torch.float64, device=device)
-        # One for all: what a graph leaves in it, the gradients, stays taken, and the rest they may share.
-        pool = memory_pool()
-        self._first = captured(self.accumulate_eagerly, device, pool, self._forget_gradients)
-        self.number.zero_()
-        if self.config.accumulation > 1:
-            self._next = captured(self.accumulate_eagerly, device, pool)
+        capture = Capture(device)
+        accumulations = min(self.config.accumulation, 2)
+        for _ in range(accumulations):
+            capture.run(self.accumulate_eagerly)
         self.losses.fill_(torch.nan)  # an update that is skipped
-        self._update = captured(self.update_eagerly, device, pool)
+        capture.run(self.update_eagerly)
+        self.optimizer.zero_grad()  # to None: the gradients that the first graph makes are kept, not added to any
+        self.number.zero_()
+        self._first = capture.graph(self.accumulate_eagerly)
+        if accumulations > 1:
+            self._next = capture.graph(self.accumulate_eagerly)
+        self.losses.fill_(torch.nan)  # whether capturing computes or not
+        self._update = capture.graph(self.update_eagerly)
         self.losses.zero_()
         self.reset()
 
-    def _forget_gradients(self) -> None:
-        """So that those which come are kept, not added to any; and before they come, for there is no room for both."""
-        self.optimizer.zero_grad()  # to None
-        self.number.zero_()
 
+class Capture:
+    """Makes CUDA graphs that are replayed one at a time, in the order in which they were made.
 
-def memory_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-def captured(
-    work: Callable[[], None], device: torch.device, pool: Any, between: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """work() as a CUDA graph, after it has run once: a function that replays it on the current stream.
-
-    between: called after that run, before the capture; what it lets go of the capture may take.
-    Raises UserError where something in it cannot be captured.
+    They have one pool of memory, and one stream, for within a pool the allocator gives the memory of a stream to no
+    other. What a graph leaves there, the gradients, stays taken; the rest the next graph takes too.
     """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-            between()
-        torch.cuda.current_stream().wait_stream(stream)
+
+    def __init__(self, device: torch.device):
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """work(), on the stream."""
+        with torch.cuda.device(self.stream.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """work() as a CUDA graph, after it has been run: a function that replays it on the current stream.
+
+        Raises UserError where something in it cannot be captured.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.device(self.stream.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
         except RuntimeError as error:
             cause = error.__context__ or error  # ending a capture that has failed raises an error of its own
@@ -160,4 +164,4 @@ def captured(
             raise UserError(
                 f"a training step cannot be captured as a CUDA graph ({reason}); train with --cuda_graphs false"
             ) from cause
-    return graph.replay
+        return graph.replay

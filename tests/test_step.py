@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt import ModelConfig, TrainConfig, Trainer, native, step, train
 from fastgpt.config import CheckpointConfig, DataConfig, EvalConfig, OptimConfig
+from fastgpt.errors import UserError
 from fastgpt.native import loading
 from tests.fake_cuda import chosen
 from tests.native_cases import built
@@ -69,19 +71,23 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def recorded(
-    work: Callable[[], None], device: torch.device, pool: Any, between: Callable[[], None] = lambda: None
-) -> Callable[[], None]:
-    """Stands in for `step.captured`."""
-    work()
-    between()
-    with Recording() as recording:
+class Recorder:
+    """Stands in for `step.Capture`."""
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def run(self, work: Callable[[], None]) -> None:
         work()
-    return recording.replay
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        with Recording() as recording:
+            work()
+        return recording.replay
 
 
 @contextlib.contextmanager
-def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def recording(monkeypatch: pytest.MonkeyPatch, capture: type = Recorder) -> Iterator[None]:
     """Inside, a Trainer's step is recorded and replayed."""
     real = step.Step
 
@@ -89,8 +95,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return real(*args, capture=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "captured", recorded)
-        patch.setattr(step, "memory_pool", lambda: None)
+        patch.setattr(step, "Capture", capture)
         patch.setattr(train, "Step", captured_step)
         yield
 
@@ -176,21 +181,65 @@ def test_the_first_micro_batch_writes_the_gradients(folder: Path, monkeypatch: p
     assert again == losses and all(torch.equal(state[name], state_again[name]) for name in state)
 
 
-def test_a_capture_has_the_room_of_the_gradients_before_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph's memory is its own: what the run before its capture left would be held beside it."""
-    held = []
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_nothing_runs_beside_the_memory_of_a_graph(
+    accumulation: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That memory is its own: what a run takes, or has left, between captures would be held beside it."""
+    events: list[tuple[str, int]] = []
 
-    def watched(work: Callable, device: torch.device, pool: Any, between: Callable = lambda: None) -> Callable:
-        def between_and_look() -> None:
-            between()
-            held.append(sum(p.grad is not None for p in work.__self__.model.parameters()))
+    class Watched(Recorder):
+        def run(self, work: Callable[[], None]) -> None:
+            super().run(work)
+            events.append(("run", gradients(work)))
 
-        return recorded(work, device, pool, between_and_look)
+        def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+            events.append(("graph", gradients(work)))
+            return super().graph(work)
 
-    with recording(monkeypatch):
-        monkeypatch.setattr(step, "captured", watched)
-        trained(folder, "llama, documents", True)
-    assert held[0] == 0 and held[1] == held[2] > 0  # the other graphs add to the first one's, and read them
+    def gradients(work: Any) -> int:
+        return sum(p.grad is not None for p in work.__self__.model.parameters())
+
+    with recording(monkeypatch, Watched):
+        trained(folder, "llama, documents", True, accumulation=accumulation)
+    parts, every = min(accumulation, 2) + 1, events[0][1]
+    assert every > 0
+    assert events == [("run", every)] * parts + [("graph", 0)] + [("graph", every)] * (parts - 1)
+
+
+def test_graphs_share_a_stream_and_a_pool_and_say_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another stream's memory the allocator gives nothing, not within a pool either."""
+    places: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def graph(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+        places.append((pool, stream))
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("the capture was invalidated")  # noqa: B904 - as torch's own
+
+    def fails(error: Exception) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+
+        return work
+
+    fakes: dict[str, Any] = dict(Stream=lambda device: mock.Mock(device=device), graph_pool_handle=object, graph=graph)
+    for name in ("CUDAGraph", "device", "stream", "current_stream"):
+        fakes[name] = mock.MagicMock()
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capture, done = step.Capture(torch.device("cuda")), []
+    capture.run(lambda: done.append("run"))
+    replays = [capture.graph(lambda: done.append("graph")) for _ in range(2)]
+    assert done == ["run", "graph", "graph"] and replays == [torch.cuda.CUDAGraph().replay] * 2
+    assert places == [(capture.pool, capture.stream)] * 2
+    torch.cuda.stream.assert_called_once_with(capture.stream)
+    with pytest.raises(UserError, match=r"\(not permitted\); train with --cuda_graphs false"):
+        capture.graph(fails(RuntimeError("not permitted\nand more")))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        capture.graph(fails(torch.OutOfMemoryError("no room")))
 
 
 def test_a_batch_of_another_shape_is_refused(folder: Path) -> None:
