@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .linear import PLAIN
 from .train import Callback, Trainer
 from .units import duration, short_number
 
@@ -32,6 +33,10 @@ class ConsoleProgress(Callback):
             f"{f' (measured: {measured})' if measured else ''}, {short_number(trainer.data.tokens)} training tokens, "
             f"{short_number(config.batch_tokens)} a step"
         )
+        others = {shape: way for shape, way in trainer.weight_gradients.items() if way != PLAIN}
+        if others:
+            ways = ", ".join(f"{shape} {way}" for shape, way in others.items())
+            self._line(f"weight gradients in the fastest formulation here: {ways}; others as torch has them")
         if trainer.progress.step:
             self._line(f"resumed at step {trainer.progress.step}")
         if not self.plain:

@@ -7,6 +7,7 @@ run that was never stopped, bit for bit, on the same machine and number of threa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -248,7 +249,8 @@ class Trainer:
         scale = learning_rate_scale(step, config.steps, config.optim)
         outcome = self.step.update(scale)
         if step + 1 < config.steps:  # while a GPU works through all that is queued
-            self._prepared = {step + 1: self._read(step + 1)}
+            with contextlib.suppress(Exception):  # which that step meets again, when this one is counted and saved
+                self._prepared = {step + 1: self._read(step + 1)}
         loss_value, norm_value = outcome.tolist()  # the only wait for the device
         seconds = time.perf_counter() - began
         progress.step += 1

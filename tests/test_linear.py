@@ -15,6 +15,7 @@ from fastgpt import ModelConfig, TrainConfig, Trainer, precision
 from fastgpt.config import DataConfig
 from fastgpt.linear import FORMULATIONS, PLAIN, Linear
 from fastgpt.model import GPT
+from fastgpt.progress import ConsoleProgress
 from tests.rule import DEVICES, RULE_DTYPES, check_by_rule, outputs_and_gradients, randn
 from tests.synthetic import VOCAB, text_ids, write_dataset
 
@@ -161,7 +162,7 @@ def test_each_shape_is_measured_once(device: str, monkeypatch: pytest.MonkeyPatc
         assert chosen[shape] == precision.worth_it(each)
 
 
-def test_a_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In its checkpoint: another formulation would give other bits."""
     write_dataset(tmp_path / "data", text_ids(2000), text_ids(100, seed=1))
     config = TrainConfig(
@@ -183,6 +184,8 @@ def test_a_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fastgpt.train, "measure_weight_gradients", lambda *a: pytest.fail("measured again"))
     Trainer(config.replace(steps=2), resume="auto").fit()  # on a CPU, which passes it on
     resumed = Trainer(config.replace(steps=3), resume="auto")
+    ConsoleProgress(plain=True).on_start(resumed)
+    assert "weight gradients in the fastest formulation here: 8 x 24 split in 4, 8 x 8 wide;" in capsys.readouterr().out
     assert asked == [32] and resumed.weight_gradients == choice
     resumed.abandon()
 

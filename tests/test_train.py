@@ -194,6 +194,22 @@ def test_the_next_step_is_read_before_the_loss_is_waited_for(data, tmp_path, mon
     assert events == [0, 4, "queued", 8, 12, "wait", "queued", 16, 20, "wait", "queued", "wait"]
 
 
+def test_tokens_that_cannot_be_read_lose_no_step_before_theirs(data, tmp_path, monkeypatch):
+    batch = Batches.batch
+
+    def broken(self, first):
+        if first >= 16:
+            raise UserError("the third step's tokens are gone")
+        return batch(self, first)
+
+    monkeypatch.setattr(Batches, "batch", broken)
+    trainer = Trainer(config(data, tmp_path / "run", steps=4))
+    with pytest.raises(UserError, match="the third step's tokens are gone"):
+        trainer.fit()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert trainer.progress.step == 2 and steps == [1, 2]
+
+
 def test_a_signal_between_two_micro_batches_drops_the_step(data, tmp_path, monkeypatch):
     """A long step is not waited for, and the run that goes on is the one that never stopped."""
     four = config(data, tmp_path / "run", micro_batch_size=2)

@@ -203,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             factor = torch.where(divisor == 0, 0.0, d_loss / divisor)  # all ignored: no gradient, as torch
         found = []
         for dtype, gradient in zip(ctx.dtypes, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and (factor is not None or gradient.dtype != dtype):
                 scaled = torch.empty_like(gradient, dtype=dtype)
                 gradient = torch.mul(gradient, 1.0 if factor is None else factor, out=scaled)  # one pass, one rounding
             found.append(gradient)
