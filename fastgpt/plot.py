@@ -50,7 +50,7 @@ class Run:
         train = [row for row in rows if math.isfinite(row.get("loss", math.nan))]
         val = [row for row in rows if math.isfinite(row.get("val_loss", math.nan))]
         if not train and not val:
-            raise UserError(f"{folder / 'metrics.jsonl'} has no losses yet; train for a few steps first")
+            raise UserError(f"{folder / 'metrics.jsonl'} has no losses yet; they are written every --log_every steps")
         return cls(
             folder,
             [row["seconds"] for row in train],

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 EXTRAS = {"demo": "plot", "test": "dev"}  # of pyproject.toml; dev includes plot
+NEEDED_BY = {"demo": "`make demo` needs", "test": "kernels and tests need"}
 BUILD_TOOLS = ["setuptools", "wheel", "ninja", "pybind11"]  # build-system.requires: the package is built in place
 OLDEST_PIP = (24, 1)  # the first that reports its progress in a form that can be read
 CUDA_HEADERS = "cuda-toolkit[cudart,cccl,crt]==13.0.*"  # 5 MB; of the CUDA that torch's own pin asks for
@@ -254,6 +255,8 @@ def install(requirements: list[str]) -> None:
                 doing = f"fetching {found[1]}"
             elif line.startswith("Installing collected"):
                 doing = "unpacking"
+            elif line.startswith("Building "):
+                doing = "building fastgpt, with its CUDA kernels where an nvcc is"
             if TERMINAL:
                 share = f" {int(progress[1]) / max(1, int(progress[2])):4.0%}" if progress else ""
                 text = f"  {doing}{share}  {time.monotonic() - started:.0f} s"
@@ -283,7 +286,7 @@ def main(level: str) -> None:
         return
     started = time.monotonic()
     kind = "an NVIDIA GPU" if gpu else "no NVIDIA GPU"
-    say(f"Setting up .venv with what `make {level}` needs: Python {sys.version.split()[0]}, {kind}")
+    say(f"Setting up .venv with what {NEEDED_BY[level]}: Python {sys.version.split()[0]}, {kind}")
     make_venv()
     constraints = ["-c", str(ROOT / "constraints.txt")]
     install([*constraints, *BUILD_TOOLS])
@@ -298,6 +301,8 @@ def main(level: str) -> None:
             break
     if level == "demo" and not gpu:
         os.environ.setdefault("FASTGPT_CUDA", "0")  # kernels that nothing here could run
+    elif level == "test" and not os.environ.get("FASTGPT_CUDA"):
+        say("  fastgpt comes last, with its CUDA kernels where an nvcc is: that takes a minute or two on two cores")
     install([*constraints, torch])  # first and alone: the kernels are compiled against its headers
     install([torch, *package])
     if level == "demo" and not gpu and (tools := cuda_tools(level)):
