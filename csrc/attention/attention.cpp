@@ -42,6 +42,8 @@ const char* against_sm80(const AttentionPlan& plan, const Heads&... heads) {
   if (plan.width > kWidestSm80Head) found.note("a head is too wide for tensor cores");
   // The scale is multiplied in where exponents are computed: the largest score must be that of the largest product.
   if (!(plan.scale >= 1e-30 && plan.scale <= 1e30)) found.note("a scale that is not positive, or extreme");
+  // tanh is off by up to 2^-22: times a larger cap 16 bits would show it, and beside a small one its derivative is lost.
+  if (plan.softcap != 0 && !(plan.softcap >= 1e-2 && plan.softcap <= 1e3)) found.note("a softcap that is extreme");
   (found.heads(heads), ...);
   return found.reason();
 }

@@ -421,11 +421,11 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
       float d_q[Tile::kColumns / 2];
       const auto& d_s_of_all = shared.d_s[at.stage];
       if (seen.hidden(first_key + own_keys, kWarpgroupRows)) {
-        if (last) release(shared.v_empty);
         const typename Tile::Operands zeros = {};
         store_scores<Tile>(shared.d_s[at.stage], own_keys, zeros);
         fence_proxy_async();
         barrier_sync(kDsBarrier, Tile::kConsumers * kWarpgroup);  // d_s is there
+        if (last) release(shared.v_empty);  // now that all warps have seen V come: its next coming might hide this one
         wgmma_fence();
         multiply_keys<Tile>(d_q, d_s_of_all, shared.k[k.stage], consumer);
         wgmma_commit();

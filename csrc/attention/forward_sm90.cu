@@ -239,9 +239,10 @@ __device__ __forceinline__ void consume(typename Tile::SharedMemory& shared, con
   const auto release = [&](uint64_t& empty) {
     if (threadIdx.x % kWarpgroup == 0) mbarrier_arrive(empty);
   };
-  // A tile that none of these queries sees: the producer has to know that it is not needed. It was filled after both
-  // warpgroups had released what was there before, V after K, so this release cannot be taken for that one.
+  // A tile that none of these queries sees: the producer has to know that it is not needed. Only when it is there: both
+  // warpgroups may pass one, and what is still on its way (V may be there before K) must not be asked for anew.
   const auto pass = [&] {
+    mbarrier_wait(shared.k_full[at.stage], at.parity);
     mbarrier_wait(shared.v_full[at.stage], at.parity);
     turns.take(tile);
     turns.give(tile);

@@ -114,6 +114,16 @@ def test_scale_and_softcap(options: dict[str, Any], chip: str) -> None:
         by_rule(inputs(1, 70, 70, 2, 1, 80, F16 if "softcap" in options else BF16), **options)
 
 
+@pytest.mark.parametrize(("softcap", "path"), [(1e-2, "sm80"), (1e3, "sm80"), (1e6, "generic")])
+def test_extreme_softcaps(softcap: float, path: str) -> None:
+    """The least and the largest that tensor cores take, and beyond: 1e6 times what their tanh is off by is some 0.1."""
+    arguments = inputs(1, 20, 20, 1, 1, 16, BF16)
+    check_by_rule(
+        lambda *t: attention(*t, softcap=softcap), lambda *t: naive(*t, softcap=softcap), arguments, f"{softcap=}"
+    )
+    assert kernels.last_path()[0] == path
+
+
 def test_nothing_to_do() -> None:
     for sizes in (dict(B=0), dict(Tq=0), dict(Tk=0), dict(H=0)):
         arguments = inputs(**{**dict(B=1, Tq=70, Tk=70, H=1, KV=1, D=8, dtype=BF16), **sizes})
@@ -203,6 +213,7 @@ REFUSED = {
     "heads without elements": lambda: (inputs(1, 9, 9, D=0, dtype=BF16), {}),
     "the width is no multiple of 16 bytes": lambda: (inputs(1, 9, 9, D=20, dtype=BF16), {}),
     "a scale that is not positive, or extreme": lambda: (inputs(1, 9, 9, D=16, dtype=BF16), dict(scale=-0.2)),
+    "a softcap that is extreme": lambda: (inputs(1, 9, 9, D=16, dtype=BF16), dict(softcap=1001.0)),
     "a tensor does not begin at a multiple of 16 bytes": lambda: (
         [in_layout(t, "offset") for t in inputs(1, 9, 9, D=16, dtype=BF16)],
         {},

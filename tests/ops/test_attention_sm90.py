@@ -147,6 +147,19 @@ def test_one_warpgroup_is_done_long_before_the_other(first_tokens: tuple[int, ..
     by_rule(inputs(1, T, T, 1, 1, 8, BF16), apart, doc_start=start, doc_end=end, causal=False)
 
 
+def test_both_warpgroups_pass_a_tile() -> None:
+    """Bounds need not be documents': these leave tiles between what the one sees and what the other one sees."""
+    T = 700
+    start, end = torch.zeros(1, T, dtype=torch.int32), torch.full((1, T), 100, dtype=torch.int32)
+    start[:, 64:], end[:, 64:] = 600, T
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = ((slice(0, 64), slice(0, 100)), (slice(64, T), slice(600, T)))
+        return torch.cat([naive(q[:, of], k[:, seen], v[:, seen], causal=False) for of, seen in parts], 1)
+
+    by_rule(inputs(1, T, T, 1, 1, 8, BF16), apart, doc_start=start, doc_end=end, causal=False)
+
+
 @pytest.mark.parametrize("T", [1, 2, 330])
 def test_few_queries_come_here_with_documents(T: int) -> None:
     start, end = torch.zeros(2, T, dtype=torch.int32), torch.full((2, T), T, dtype=torch.int32)

@@ -67,12 +67,14 @@ def hopper(
     more_keys: int = 0,
     documents: tuple[int, ...] = (),
     late: int = 0,
+    early: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     backward: bool = False,
     **masks: Any,
 ) -> Scenario:
     """The forward of T tokens, or with the backward, against these and `more_keys` before them, or on documents that
-    begin there; the first `late` tokens see no more than the end."""
+    begin there; the first `late` tokens see no more than the end, or the first `early` ones the beginning and the others
+    the end."""
 
     def run() -> list[Tensor]:
         q = randn(1, T, heads[0], D, dtype=dtype)
@@ -81,6 +83,8 @@ def hopper(
         if documents:
             start, end = ops.document_bounds(torch.tensor([*documents, T]), 1, T)
             start[:, :late] = T - 64
+            if early:
+                end[:, :early], start[:, early:] = 64, T - 64
             options |= dict(doc_start=start, doc_end=end)
         if backward:
             return outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True, **options), [q, k, v])
@@ -116,6 +120,7 @@ SCENARIOS = [
     hopper(700, (1, 1), 8, documents=(0, 192), causal=False),
     hopper(512, (1, 1), 8, documents=(0, 448)),
     hopper(500, (1, 1), 16, documents=(0,), late=64, causal=False),
+    hopper(600, (1, 1), 8, documents=(0,), early=64, causal=False),  # both leave tiles out
     # Two blocks for a head, which come to two tiles of keys; one block, and a tile that nobody sees.
     hopper(390, (2, 1), 8, backward=True),
     hopper(140, (2, 2), 72, more_keys=400, window=150, dtype=torch.float16, backward=True),
