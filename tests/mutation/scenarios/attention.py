@@ -73,8 +73,8 @@ def hopper(
     **masks: Any,
 ) -> Scenario:
     """The forward of T tokens, or with the backward, against these and `more_keys` before them, or on documents that
-    begin there; the first `late` tokens see no more than the end, or the first `early` ones the beginning and the others
-    the end."""
+    begin there; the first `late` tokens see no more than the end, or the first `early` ones the beginning and the
+    others the end."""
 
     def run() -> list[Tensor]:
         q = randn(1, T, heads[0], D, dtype=dtype)
