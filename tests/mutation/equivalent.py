@@ -62,12 +62,7 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
         for chain in (
             (_TAKEN_TO_ATTEND,),
             (_TAKEN_TO_ATTEND, "csrc/attention/forward_sm90.cu, consume: attend(No(), Yes(), Few());", _CONSUME),
-            (
-                _TAKEN_TO_PASS,
-                "csrc/attention/forward_sm90.cu, consume: while (tile < tiles && hidden(tile)) pass();",
-                _CONSUME,
-            ),
-            (_TAKEN_TO_PASS, "csrc/attention/forward_sm90.cu, consume: while (tile < tiles) pass();", _CONSUME),
+            (_TAKEN_TO_PASS,),
         )
     },
 }

@@ -84,7 +84,7 @@ def hopper(
             start, end = ops.document_bounds(torch.tensor([*documents, T]), 1, T)
             start[:, :late] = T - 64
             if early:
-                end[:, :early], start[:, early:] = 64, T - 64
+                end[:, :early], start[:, early:] = 64, T - 200
             options |= dict(doc_start=start, doc_end=end)
         if backward:
             return outputs_and_gradients(lambda *t: ops.attention(*t, return_lse=True, **options), [q, k, v])
