@@ -60,7 +60,6 @@ EQUIVALENT: dict[tuple[str, ...], str] = {
             "no heed of them run so little ahead that its counts still come out"
         )
         for chain in (
-            (_TAKEN_TO_ATTEND,),
             (_TAKEN_TO_ATTEND, "csrc/attention/forward_sm90.cu, consume: attend(No(), Yes(), Few());", _CONSUME),
             (_TAKEN_TO_PASS,),
         )
