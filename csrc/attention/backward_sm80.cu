@@ -112,6 +112,7 @@ __device__ __forceinline__ void differentiate(Operands<Tile>& p, Operands<Tile>&
         int doc_start = 0, doc_end = keys;
         if (plan.doc_start) doc_start = stage.doc_start[in_tile + e], doc_end = stage.doc_end[in_tile + e];
         range = keys_seen(plan, first_query + in_tile + e, keys, doc_start, doc_end);
+        if (first_query + in_tile + e >= plan.queries) range = {};
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -198,7 +199,7 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
     const auto next_step = [&](const Step& step) {
       return step.head + 1 < (kv_head + 1) * group ? Step{step.tile, step.head + 1} : next_tile(step.tile + 1);
     };
-    // Rows past the end become zeros, and add nothing: P is 1, but Q, d_o and delta are 0.
+    // Rows past the end become zeros, and see nothing.
     const auto load_step = [&](typename Tile::Stage& stage, const Step& step) {
       const int first = step.tile * Tile::kQueries, rows = plan.queries - first;
       const auto load = [&](typename Tile::Queries& to, const ConstHeads& from) {
@@ -262,7 +263,9 @@ __global__ __launch_bounds__(Tile::kThreads) void attention_backward_sm80_kernel
             differentiate<decltype(masked)::value, Tile>(weights, d_s, products, d_p, stage, shared.d_s, plan, powers,
                                                          first_key, first_query, from, keys);
           };
-          if (seen.whole(own_key, kPiece)) differentiated(std::false_type());
+          // With rows past the end too: by a key that is infinite their zeros would make NaN.
+          const bool all_exist = first_query + Tile::kQueries <= plan.queries;
+          if (all_exist && seen.whole(own_key, kPiece)) differentiated(std::false_type());
           else differentiated(std::true_type());
           if (p.d_v) add_queries<Tile>(d_v, weights, stage.d_o, from);
           if (p.d_k) add_queries<Tile>(d_k, d_s, stage.q, from);

@@ -146,6 +146,18 @@ def test_of_what_is_not_finite_only_those_who_see_it_know() -> None:
     check_that_only_who_sees_it_knows_of_what_is_not_finite()
 
 
+@pytest.mark.parametrize("chip", ["sm_80", SMALL])
+def test_a_key_that_is_infinite_and_weighs_nothing(chip: str) -> None:
+    """Rows past the end are zeros, whose product with it is NaN: they must not be looked at."""
+    q, k, v = inputs(1, 100, 100, 1, 1, 64, BF16)
+    q, k[0, 5] = q.abs(), 0
+    k[0, 5, 0, 3] = -math.inf
+    with native.emulated(chip=chip):
+        _, _, d_k, d_v = outputs_and_gradients(lambda *t: attention(*t, causal=False), [q, k, v])
+        assert kernels.last_path()[0] == "sm80"
+    assert (d_k[0, 5] == 0).all() and (d_v[0, 5] == 0).all() and d_k.isfinite().all() and d_v.isfinite().all()
+
+
 # ---- documents and lengths -------------------------------------------------------------------------------
 
 
