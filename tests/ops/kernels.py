@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,6 +110,44 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------
+
+
+def needs_memory(gigabytes: float) -> None:
+    """Skips the test where less of the GPU's memory is free."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * 1e9:
+        pytest.skip(f"needs {gigabytes:.0f} GB of the GPU's memory, {free / 1e9:.0f} are free")
+
+
+def captured(step: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A graph of what `step` computes, after three runs of it, and what it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = step()
+    return graph, written
+
+
+def by_inductor(function: Callable, arguments: list[torch.Tensor]) -> Callable:
+    """The function, compiled for such arguments; skips the test where Triton or its C compiler is missing."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    compiled: Callable = torch.compile(function, fullgraph=True)
+    try:
+        compiled(*arguments)
+    except Exception as error:
+        if "compiler" in str(error).lower() and "not find" in str(error).lower():
+            pytest.skip("triton needs a C compiler, and there is none")
+        raise
+    return compiled
 
 
 # ---- what compilers made of the kernels ------------------------------------------------------------------

@@ -121,9 +121,7 @@ def test_the_norm_is_bitwise_the_same_250_times() -> None:
 @pytest.mark.xdist_group("the GPU's memory")
 def test_more_than_two_billion_elements() -> None:
     """The last elements are what they are alone."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < 40e9:
-        pytest.skip(f"needs 40 GB of the GPU's memory, {free / 1e9:.0f} are free")
+    kernels.needs_memory(40)
     n, last = 2**31 + 4096, 4096
     p, g = (torch.zeros(n, dtype=BF16, device="cuda") for _ in range(2))
     m, v = (torch.zeros(n, device="cuda") for _ in range(2))

@@ -292,15 +292,20 @@ def test_no_bank_conflicts_and_each_byte_once(D: int) -> None:
     assert moved == {"load": 2 * 2 * D * (128 + 2 * 300), "store": 2 * 128 * (2 * D + 4)}
 
 
-def test_what_the_masks_hide_is_not_computed() -> None:
-    """Of 1024 keys a window of 9 leaves a tile or two for each tile of queries, and a document as much."""
+def share_of_flops(counted: Callable[..., list[dict[str, Any]]]) -> list[float]:
+    """Of 1024 keys under a causal mask alone: those under a window of 9, and in documents of 10."""
     arguments = inputs(1, 1024, 1024, 1, 1, 8, BF16)
     start, end = document_bounds(torch.arange(0, 1024, 10), 1, 1024)
     causal, *few = (
         sum(line.get("flops", 0) for line in counted(arguments, **masks))
         for masks in (dict(), dict(window=9), dict(doc_start=start, doc_end=end))
     )
-    assert all(flops < 0.35 * causal for flops in few), (few, causal)
+    return [flops / causal for flops in few]
+
+
+def test_what_the_masks_hide_is_not_computed() -> None:
+    """Of 1024 keys a window of 9 leaves a tile or two for each tile of queries, and a document as much."""
+    assert max(share_of_flops(counted)) < 0.35
 
 
 # ---- what the compiler made of it ------------------------------------------------------------------------

@@ -3,7 +3,6 @@ on one too. Each takes seconds at most."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 
@@ -168,15 +167,7 @@ def test_replay_of_a_graph(op: str, C: int) -> None:
     static = on_gpu(300, C, dtype=BF16)
     other = [a * 2 - 1 for a in static]
     step = prepared(op, static)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = kernels.captured(step)
     with torch.no_grad():
         for to, a in zip(static, other, strict=True):
             to.copy_(a)
@@ -201,43 +192,35 @@ def test_a_device_that_is_not_the_current_one(op: str) -> None:
 # ---- more than 2^31 elements ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def room_for(gigabytes: float) -> Iterator[None]:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes:.0f} GB of the GPU's memory, {free / 1e9:.0f} are free")
-    yield
-
-
 @pytest.mark.xdist_group("the GPU's memory")
 @BOTH
 @pytest.mark.parametrize("C", [4096, 4100 * 8 + 1])
 def test_more_than_two_billion_elements(op: str, C: int) -> None:
     """The last rows are what they are alone, d_weight is a sum over all rows: of a gradient that is zero but there."""
-    with room_for(36):
-        rows, last = 2**31 // C + 9, 5
-        x = torch.empty(rows, C, dtype=BF16, device="cuda").normal_()
-        weight = torch.ones(C, dtype=BF16, device="cuda")
-        d_y = torch.zeros(rows, C, dtype=BF16, device="cuda")
-        d_y[-last:] = torch.randn(last, C, device="cuda").to(BF16)
+    kernels.needs_memory(36)
+    rows, last = 2**31 // C + 9, 5
+    x = torch.empty(rows, C, dtype=BF16, device="cuda").normal_()
+    weight = torch.ones(C, dtype=BF16, device="cuda")
+    d_y = torch.zeros(rows, C, dtype=BF16, device="cuda")
+    d_y[-last:] = torch.randn(last, C, device="cuda").to(BF16)
 
-        def run(x: Tensor, d_y: Tensor) -> list[Tensor]:
-            leaves = [x.requires_grad_(), weight.requires_grad_()]
-            y = function(op)(*leaves)
-            d_x, d_weight = torch.autograd.grad(y, leaves, d_y)
-            return [y.detach()[-last:].clone(), d_x[-last:].clone(), d_weight]
+    def run(x: Tensor, d_y: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        y = function(op)(*leaves)
+        d_x, d_weight = torch.autograd.grad(y, leaves, d_y)
+        return [y.detach()[-last:].clone(), d_x[-last:].clone(), d_weight]
 
-        assert x.numel() > 2**31
-        whole = run(x, d_y)
-        alone = run(x.detach()[-last:].clone(), d_y[-last:].clone())
-        assert kernels.same(whole[:2], alone[:2])
-        x, d_y = x.detach()[-last:], d_y[-last:]
+    assert x.numel() > 2**31
+    whole = run(x, d_y)
+    alone = run(x.detach()[-last:].clone(), d_y[-last:].clone())
+    assert kernels.same(whole[:2], alone[:2])
+    x, d_y = x.detach()[-last:], d_y[-last:]
 
-        def of_torch(dtype: torch.dtype) -> Tensor:
-            w = weight.detach().to(dtype).requires_grad_()
-            return torch.autograd.grad(torchs(op)(x.to(dtype), w), w, d_y.to(dtype))[0]
+    def of_torch(dtype: torch.dtype) -> Tensor:
+        w = weight.detach().to(dtype).requires_grad_()
+        return torch.autograd.grad(torchs(op)(x.to(dtype), w), w, d_y.to(dtype))[0]
 
-        assert_within_rule(whole[2], of_torch(BF16), of_torch(torch.float64), "d_weight")
+    assert_within_rule(whole[2], of_torch(BF16), of_torch(torch.float64), "d_weight")
 
 
 # ---- together with torch.compile -------------------------------------------------------------------------------
@@ -245,13 +228,5 @@ def test_more_than_two_billion_elements(op: str, C: int) -> None:
 
 @BOTH
 def test_compiled_by_inductor(op: str) -> None:
-    pytest.importorskip("triton")
-    torch._dynamo.reset()
-    compiled: Callable = torch.compile(function(op), fullgraph=True)
-    try:
-        compiled(*on_gpu(4, 32, dtype=BF16))
-    except Exception as error:
-        if "compiler" in str(error).lower() and "not find" in str(error).lower():
-            pytest.skip("triton needs a C compiler, and there is none")
-        raise
+    compiled = kernels.by_inductor(function(op), on_gpu(4, 32, dtype=BF16))
     check_by_rule(compiled, torchs(op), on_gpu(4, 32, dtype=BF16), "inductor")
